@@ -1,0 +1,5 @@
+"""``python -m fqdiff``."""
+
+from fqdiff.cli.app import main
+
+main()

@@ -1,0 +1,77 @@
+"""The whole pipeline as one chain of steps: train, Fisher, plans, quantized models, samples, FIDs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from fqdiff.configs import ClassifierConfig, FidConfig, FisherConfig, PlanConfig, QuantizeConfig, SampleConfig
+from fqdiff.pipeline import Step
+
+PLANS: Mapping[str, PlanConfig] = {
+    "float16 by groups 12/345/6": PlanConfig("groups", groups="12/345/6"),
+    "int8": PlanConfig("uniform", low="int8"),
+    "int4": PlanConfig("uniform", low="int4"),
+    "int4, top Fisher half int8": PlanConfig("ratio", ratio=0.5, at="mean", low="int4", high="int8"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSteps:
+    """One row of the table: a model, its samples and its FID. ``plan`` is None for full precision."""
+
+    label: str
+    plan: Step | None
+    model: Step
+    samples: Step
+    fid: Step
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Every step of a run, each made from the ones before. ``noise_floor``: full precision again, with other noise."""
+
+    dataset: Step
+    checkpoint: Step
+    fisher: Step
+    classifier: Step
+    models: tuple[ModelSteps, ...]
+    noise_floor: ModelSteps
+
+    def steps(self) -> Iterator[tuple[str, Step]]:
+        """Label and step, in the order of work."""
+        yield "data set", self.dataset
+        yield "train", self.checkpoint
+        yield "fisher", self.fisher
+        yield "classifier", self.classifier
+        for row in (*self.models, self.noise_floor):
+            if row.plan is not None:
+                yield f"plan: {row.label}", row.plan
+                yield f"quantize: {row.label}", row.model
+            yield f"sample: {row.label}", row.samples
+            yield f"fid: {row.label}", row.fid
+
+
+def make_chain(checkpoint: Step, fisher: FisherConfig, sample: SampleConfig, seed: int) -> Chain:
+    """The chain that starts at ``checkpoint``: FP32 and every plan of PLANS, all sampled with the same seed."""
+    dataset = checkpoint.inputs["dataset"]
+    assert isinstance(dataset, Step)
+    table = Step("fisher", {"checkpoint": checkpoint, "dataset": dataset}, fisher, seed)
+    classifier = Step("classifier", {"dataset": dataset}, ClassifierConfig())
+    full = Step("sample", {"model": checkpoint}, sample, seed)
+
+    def row(label: str, plan: Step | None, model: Step, samples: Step) -> ModelSteps:
+        inputs = {"samples": samples, "dataset": dataset, "features": classifier}
+        if plan is not None:
+            inputs["baseline"] = full
+        return ModelSteps(label, plan, model, samples, Step("fid", inputs, FidConfig()))
+
+    rows = [row("FP32", None, checkpoint, full)]
+    for label, config in PLANS.items():
+        inputs = (
+            {"checkpoint": checkpoint} if config.strategy == "uniform" else {"checkpoint": checkpoint, "fisher": table}
+        )
+        plan = Step("plan", inputs, config)
+        model = Step("quantize", {"checkpoint": checkpoint, "plan": plan}, QuantizeConfig())
+        rows.append(row(label, plan, model, Step("sample", {"model": model}, sample, seed)))
+    other = Step("sample", {"model": checkpoint}, sample, seed + 1)
+    floor = row("FP32, other noise", None, checkpoint, other)
+    return Chain(dataset, checkpoint, table, classifier, tuple(rows), floor)

@@ -1,0 +1,309 @@
+"""What every command shares: the common options, the store, where output goes, and how errors end.
+
+Nothing here imports torch before a command's body runs.
+"""
+
+import functools
+import inspect
+import json
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from fqdiff.errors import ArtifactNotFound, ConfigError, FqdiffError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fqdiff.context import Bar
+    from fqdiff.pipeline import Runner
+    from fqdiff.store.manifest import Manifest
+    from fqdiff.store.store import Store
+
+COMMON = "Common options"
+Config = TypeVar("Config")
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="FQDIFF_STORE", help="Folder of the artifact store.", rich_help_panel=COMMON)
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=COMMON)]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=COMMON)]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", help="Name to give the result, usable wherever an id is.", rich_help_panel=COMMON),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file with one table per stage; flags go before it.", rich_help_panel=COMMON),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=COMMON)]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=COMMON)]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also show times and memory.", rich_help_panel=COMMON)
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be made.", rich_help_panel=COMMON)]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Make it again even if it is there.", rich_help_panel=COMMON)
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=COMMON)]
+
+COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "store": (StoreOption, Path("fqdiff-store")),
+    "device": (DeviceOption, "auto"),
+    "seed": (SeedOption, 0),
+    "name": (NameOption, None),
+    "config": (ConfigOption, None),
+    "json": (JsonOption, False),
+    "quiet": (QuietOption, False),
+    "verbose": (VerboseOption, False),
+    "dry_run": (DryRunOption, False),
+    "force": (ForceOption, False),
+    "debug": (DebugOption, False),
+}
+STORE_OPTIONS = ("store", "json", "quiet", "debug")
+
+
+@dataclass
+class Session:
+    """The common options of one command, and what is built from them."""
+
+    store_path: Path
+    device_name: str = "auto"
+    seed: int = 0
+    name: str | None = None
+    config_path: Path | None = None
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    dry_run: bool = False
+    force: bool = False
+    stopping: bool = False
+    polled: bool = False
+
+    # --- output ----------------------------------------------------------------------------------------------------
+
+    def note(self, line: str) -> None:
+        """One line on stderr, unless --quiet; from the first process only."""
+        if not self.quiet and os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr, flush=True)
+
+    def result(self, data: dict[str, Any], text: Callable[[], str]) -> None:
+        """The result on stdout: ``data`` as JSON, or ``text()`` for people."""
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(data, indent=1, default=str) if self.as_json else text(), flush=True)
+
+    # --- what commands work with -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def store(self) -> "Store":
+        """The store; nothing is written before there is something to keep."""
+        from fqdiff.store.store import Store
+
+        return Store(self.store_path)
+
+    @functools.cached_property
+    def device(self) -> "torch.device":
+        """The device asked for; ``auto`` takes CUDA, then MPS, then the CPU."""
+        import torch
+
+        available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if self.device_name == "auto":
+            name = next(d for d in ("cuda", "mps", "cpu") if available[d])
+        elif available.get(self.device_name.split(":")[0], False):
+            name = self.device_name
+        else:
+            have = ", ".join(d for d, there in available.items() if there)
+            raise ConfigError(f"device '{self.device_name}' is not available", f"here: auto, {have}")
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(name)
+
+    @functools.cached_property
+    def runner(self) -> "Runner":
+        """Runs stages on the store with this session's device, progress bars and notes."""
+        from fqdiff import distributed
+        from fqdiff.context import Context
+        from fqdiff.pipeline import Runner
+        from fqdiff.store.store import check_name
+
+        if self.name is not None:
+            check_name(self.name)  # before any work is done
+        distributed.start(self.device)
+        context = Context(device=self.device, progress=self.progress, stop_requested=self._poll)
+        return Runner(self.store, context, self.note, " ".join(["fqdiff", *sys.argv[1:]]), self.force)
+
+    def finish(self, manifest: "Manifest") -> None:
+        """Give the result its name, if one was asked for, and say what it took."""
+        if self.name is not None:
+            self.store.give_name(self.name, manifest)
+        self.tell_cost(manifest)
+
+    def tell_cost(self, manifest: "Manifest") -> None:
+        """With --verbose, the time and memory that an artifact took."""
+        if self.verbose:
+            self.note(
+                f"{manifest.kind} {manifest.id}: {manifest.seconds:.1f} s, peak {manifest.peak_memory / 2**20:.0f} MiB"
+            )
+
+    def resolve(self, ref: str | None, kinds: tuple[str, ...]) -> "Manifest":
+        """The artifact that ``ref`` names; without one the latest of ``kinds``, and a note that says which."""
+        if ref is not None:
+            return self.store.resolve(ref, kinds)
+        manifest = self.store.resolve("latest", kinds)
+        names = [n for n, target in self.store.names().items() if target == (manifest.kind, manifest.id)]
+        self.note(f"{manifest.kind}: the latest, {manifest.id}" + (f" ({', '.join(names)})" if names else ""))
+        return manifest
+
+    def settings(self, table: str, kind: type[Config], base: Mapping[str, object], **flags: object) -> Config:
+        """A stage's config: flags that were given, over the TOML table, over ``base``, over the defaults."""
+        given = {k: v for k, v in flags.items() if v is not None}
+        return kind(**{**base, **self._from_file(table, kind), **given})
+
+    def from_file(self, table: str, key: str) -> object:
+        """One value of the TOML file that is no stage setting, such as ``train.preset``; None where it is absent."""
+        return self._toml().get(table, {}).get(key)
+
+    def _toml(self) -> dict[str, dict[str, object]]:
+        if self.config_path is None:
+            return {}
+        try:
+            data = tomllib.loads(self.config_path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.config_path} cannot be read: {error}", "a TOML file with one table per stage"
+            ) from None
+        for name, table in data.items():
+            if name not in STAGE_TABLES or not isinstance(table, dict):
+                raise ConfigError(f"'{name}' in {self.config_path} is no stage", f"tables: {', '.join(STAGE_TABLES)}")
+        return data
+
+    def _from_file(self, table: str, kind: type[Config]) -> dict[str, object]:
+        known = {f.name: getattr(kind, f.name, None) for f in fields(kind)}  # type: ignore[arg-type]
+        values: dict[str, object] = {}
+        for key, value in self._toml().get(table, {}).items():
+            if key in OUTSIDE_CONFIG.get(table, ()):
+                continue
+            if key not in known or key == "architecture":
+                listed = ", ".join(k for k in known if k != "architecture")
+                raise ConfigError(f"unknown setting '{key}' in [{table}] of {self.config_path}", f"known: {listed}")
+            values[key] = _checked(f"{table}.{key}", value, known[key])
+        return values
+
+    # --- progress and interruption ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def progress(self, total: int, label: str, unit: str) -> "Iterator[Bar]":
+        """A progress bar on stderr with rate and time left; off without a terminal, with --quiet and with --json."""
+        from tqdm import tqdm
+
+        hidden = True if self.quiet or self.as_json or os.environ.get("RANK", "0") != "0" else None
+        with tqdm(total=total, desc=label, unit=unit, disable=hidden, smoothing=0.1, dynamic_ncols=True) as bar:
+            yield _TqdmBar(bar)
+
+    def _poll(self) -> bool:
+        self.polled = True
+        return self.stopping
+
+    def interrupt(self, signum: int, frame: object) -> None:
+        """First Ctrl-C: a stage that asks stops after its step, state saved. A second one, or no such stage: at once."""
+        if self.polled and not self.stopping:
+            self.stopping = True
+            self.note("stopping after this step, with everything saved; Ctrl-C again stops at once")
+            return
+        raise KeyboardInterrupt
+
+
+class _TqdmBar:
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def update(self, n: int = 1) -> None:
+        self.bar.update(n)
+
+    def show(self, text: str) -> None:
+        self.bar.set_postfix_str(text, refresh=False)
+
+
+STAGE_TABLES = ("train", "fisher", "plan", "quantize", "sample", "classifier", "fid")
+OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
+
+
+def _checked(name: str, value: object, default: object) -> object:
+    """``value`` if it has the type of ``default``; whole numbers may stand for floats, lists for tuples."""
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not type(default):
+        raise ConfigError(f"{name} is {value!r}", f"a {type(default).__name__}, such as {default!r}")
+    return value
+
+
+def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the common options ``names`` (all without any) and a :class:`Session` built from them.
+
+    Errors end here: one line and a hint on stderr, and the exit code that fits.
+    """
+    chosen = names or tuple(COMMON_OPTIONS)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(function)
+        extra = [
+            inspect.Parameter(
+                f"opt_{n}",
+                inspect.Parameter.KEYWORD_ONLY,
+                default=COMMON_OPTIONS[n][1],
+                annotation=COMMON_OPTIONS[n][0],
+            )
+            for n in chosen
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(own.parameters.values())[1:]]
+
+        @functools.wraps(function)
+        def wrapper(**values: Any) -> None:
+            options = {n: values.pop(f"opt_{n}", COMMON_OPTIONS[n][1]) for n in COMMON_OPTIONS}
+            debug = options.pop("debug")
+            session = Session(*options.values())
+            previous = signal.signal(signal.SIGINT, session.interrupt)
+            try:
+                function(session, **values)
+            except FqdiffError as error:
+                if debug:
+                    raise
+                print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr)
+                raise typer.Exit(error.exit_code) from None
+            except KeyboardInterrupt:
+                print("interrupted; the same command continues where it stopped", file=sys.stderr)
+                raise typer.Exit(130) from None
+            finally:
+                signal.signal(signal.SIGINT, previous)
+                _leave_process_group()
+
+        wrapper.__signature__ = inspect.Signature([*parameters, *extra])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in [*parameters, *extra]}
+        return wrapper
+
+    return decorate
+
+
+def _leave_process_group() -> None:
+    if "fqdiff.distributed" in sys.modules:
+        sys.modules["fqdiff.distributed"].stop()
+
+
+def only_input(session: Session, manifest: "Manifest", role: str) -> "Manifest":
+    """The artifact that fills ``role`` in ``manifest``'s recipe."""
+    found = manifest.input(role)
+    source = session.store.find(found.kind, found.id) if found else None
+    if source is None:
+        gone = f"{found.kind} {found.id}" if found else f"its {role}"
+        raise ArtifactNotFound(f"{manifest.kind} {manifest.id} was made from {gone}, which is gone", "make it again")
+    return source

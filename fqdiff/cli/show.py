@@ -1,0 +1,47 @@
+"""How numbers, tables and artifacts look on a terminal."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fqdiff.store.manifest import Manifest
+    from fqdiff.store.store import Store
+
+
+def duration(seconds: float) -> str:
+    """``90`` -> ``1.5 min``."""
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size or (unit == "min" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def mebibytes(count: int) -> str:
+    """Bytes as MiB or KiB, with the exact number."""
+    size = f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+    return f"{size} ({count:,} bytes)"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Plain columns: the first left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * w for w in widths), *(line(row) for row in rows)])
+
+
+def artifact_data(store: "Store", manifest: "Manifest") -> dict[str, Any]:
+    """The keys that every ``--json`` result has."""
+    return {
+        "kind": manifest.kind,
+        "id": manifest.id,
+        "path": str(store.directory(manifest.kind, manifest.id)),
+        "bytes": manifest.bytes,
+        "seconds": manifest.seconds,
+        "inputs": {i.role: f"{i.kind}/{i.id}" for i in manifest.recipe.inputs},
+    }

@@ -1,0 +1,191 @@
+"""``fqdiff train``."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fqdiff.cli.session import Session, common
+from fqdiff.cli.show import artifact_data, duration, mebibytes
+from fqdiff.configs import DatasetConfig, Preset, TrainConfig, get_preset
+from fqdiff.errors import ArtifactNotFound, ConfigError
+
+if TYPE_CHECKING:
+    from fqdiff.pipeline import Step
+    from fqdiff.store.manifest import Manifest
+
+RECIPE = "Recipe"
+EXAMPLE = "Example: fqdiff train --preset demo --dataset mnist5k --name my-digits"
+
+
+def choose_dataset(session: Session, name: str | None, image_size: int) -> DatasetConfig:
+    """The data set asked for, or MNIST if it is at hand, else mnist5k, and a note that says which."""
+    from fqdiff.store.sources import dataset_config, default_dataset
+
+    if name is not None:
+        return dataset_config(name, image_size)
+    config, line = default_dataset(image_size)
+    session.note(line)
+    return config
+
+
+def resolved_architecture(preset: Preset, image_size: int, image_channels: int) -> dict[str, object]:
+    """Every field of the preset's architecture, for images of this size and number of channels."""
+    from fqdiff.models.registry import unet_architecture, unet_config
+
+    changed = {**preset.architecture, "image_size": image_size, "image_channels": image_channels}
+    return unet_architecture(unet_config(changed))
+
+
+def training_step(
+    dataset: DatasetConfig, image_channels: int, preset: Preset, config: TrainConfig, seed: int
+) -> "Step":
+    """The step that trains ``preset`` on ``dataset``."""
+    from fqdiff.pipeline import Step
+
+    architecture = resolved_architecture(preset, dataset.image_size, image_channels)
+    return Step(
+        "train",
+        {"dataset": Step("dataset", {}, dataset)},
+        TrainConfig(**{**vars(config), "architecture": architecture}),
+        seed,
+    )
+
+
+@common()
+def train(
+    session: Session,
+    preset: Annotated[str | None, typer.Option(help="paper, small, demo or tiny. [default: small]")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="mnist, mnist5k, fashion-mnist, cifar10 or folder:PATH. [default: mnist if it can be had, else mnist5k]"
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Side of the images in pixels. [default: the preset's]")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run that was interrupted last, whatever its recipe.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=RECIPE)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step.", rich_help_panel=RECIPE)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=RECIPE)] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam or adamw.", rich_help_panel=RECIPE)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.", rich_help_panel=RECIPE)] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=RECIPE)] = None,
+    decay: Annotated[
+        str | None, typer.Option(help="cosine or none, after the warm-up.", rich_help_panel=RECIPE)
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(min=0, help="Largest gradient norm; 0 clips nothing.", rich_help_panel=RECIPE)
+    ] = None,
+    ema_decay: Annotated[
+        float | None, typer.Option(help="Decay of the averaged weights.", rich_help_panel=RECIPE)
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Noise schedule: linear or cosine.", rich_help_panel=RECIPE)
+    ] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="What the network predicts: eps or v.", rich_help_panel=RECIPE)
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16 (autocast).", rich_help_panel=RECIPE)
+    ] = None,
+) -> None:
+    """Train a diffusion model and keep its averaged weights as a checkpoint."""
+    import torch
+
+    from fqdiff.models.registry import build
+    from fqdiff.stages.train import estimate_seconds
+    from fqdiff.store.sources import image_channels
+
+    if resume:
+        finish_training(session, interrupted_step(session))
+        return
+    preset_name = preset or session.from_file("train", "preset") or "small"
+    chosen = get_preset(str(preset_name))
+    config = session.settings(
+        "train",
+        TrainConfig,
+        chosen.train,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        decay=decay,
+        clip_norm=clip_norm,
+        ema_decay=ema_decay,
+        schedule=schedule,
+        prediction=prediction,
+        precision=precision,
+    )
+    file_size = session.from_file("train", "image_size")
+    size = image_size or (file_size if isinstance(file_size, int) else chosen.image_size)
+    file_dataset = session.from_file("train", "dataset")
+    data = choose_dataset(session, dataset or (str(file_dataset) if file_dataset else None), size)
+    step = training_step(data, image_channels(data), chosen, config, session.seed)
+    parameters = sum(p.numel() for p in build(step.config.architecture, "meta").parameters())
+    found = session.store.find(step.kind, step.id)
+    seconds = 0.0 if found else estimate_seconds(step.config, session.device)
+    where = f"{session.device} with {torch.get_num_threads()} threads"
+    cost = f"{config.steps} steps of {config.batch_size} images, about {duration(seconds)} on {where}"
+    session.note(f"preset {preset_name}: {parameters:,} parameters, {mebibytes(4 * parameters)} in float32; {cost}")
+    if session.dry_run:
+        data_out = {
+            "kind": step.kind,
+            "id": step.id,
+            "exists": found is not None,
+            "preset": preset_name,
+            "parameters": parameters,
+            "bytes_float32": 4 * parameters,
+            "dataset": data.name,
+            "steps": config.steps,
+            "estimated_seconds": round(seconds, 1),
+        }
+        session.result(data_out, lambda: f"would make checkpoint {step.id}" + (" (it is there)" if found else ""))
+        return
+    finish_training(session, step)
+
+
+def finish_training(session: Session, step: "Step") -> None:
+    """Run ``step`` and show the checkpoint."""
+    manifest = session.runner.run(step)
+    session.finish(manifest)
+    show_checkpoint(session, manifest)
+
+
+def show_checkpoint(session: Session, manifest: "Manifest") -> None:
+    """Id, size, last loss and where the pictures are."""
+    value = session.runner.load(manifest)
+    folder = session.store.directory(manifest.kind, manifest.id)
+    parameters = sum(t.numel() for t in value.tensors.values())
+    last = float(value.loss[-max(1, len(value.loss) // 20) :].mean())
+    data = {**artifact_data(session.store, manifest), "parameters": parameters, "loss": last}
+
+    size = next(f.bytes for f in manifest.files if f.name == "model.safetensors")
+
+    def text() -> str:
+        return (
+            f"checkpoint {manifest.id}: {parameters:,} parameters, {mebibytes(size)}\n"
+            f"loss over the last twentieth of the steps: {last:.4f}\n"
+            f"look at {folder / 'samples.png'} and {folder / 'loss.png'}"
+        )
+
+    session.result(data, text)
+
+
+def interrupted_step(session: Session) -> "Step":
+    """The unfinished training saved last; its recipe stands beside its state."""
+    from fqdiff.pipeline import Step
+    from fqdiff.store.parts import last_unfinished
+
+    recipe = last_unfinished(session.store, "checkpoint")
+    if recipe is None:
+        raise ArtifactNotFound(f"no interrupted training in {session.store.root}", "start one with fqdiff train")
+    source = next((i for i in recipe.inputs if i.role == "dataset"), None)
+    dataset = session.store.find("dataset", source.id) if source else None
+    if dataset is None:
+        raise ConfigError("the data set of the interrupted training is gone", "start over with fqdiff train --force")
+    return Step("train", {"dataset": dataset}, TrainConfig(**dict(recipe.config)), recipe.seed)

@@ -1,0 +1,219 @@
+"""Every setting of every stage, with its default: plain data, no torch, so that ``--help`` can show it at once.
+
+A field is a recipe field: changing it changes the artifact's id. Where to compute (device, batch size) is not one.
+"""
+
+from dataclasses import dataclass, field
+
+from fqdiff.errors import ConfigError
+
+
+def require(condition: bool, message: str, hint: str = "") -> None:
+    """Raise ConfigError unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message, hint)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which images, at which size, and how many of them are held out as the reference set."""
+
+    name: str = "mnist5k"
+    image_size: int = 32
+    content: str = ""  # sha256 over the source files: other pixels, other id
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained. ``architecture`` holds the fields of a UNetConfig."""
+
+    architecture: dict[str, object] = field(default_factory=dict)
+    schedule: str = "linear"
+    prediction: str = "eps"
+    steps: int = 5000
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup: int = 200
+    decay: str = "cosine"
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps is {self.steps}", "train for at least one step")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "use 1 or more")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}", "use a positive rate, e.g. 1e-3")
+        require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}", "use a value in [0, 1), e.g. 0.999")
+        require(self.optimizer in ("adam", "adamw"), f"unknown optimizer '{self.optimizer}'", "one of: adam, adamw")
+        require(self.decay in ("none", "cosine"), f"unknown decay '{self.decay}'", "one of: none, cosine")
+        require(self.prediction in ("eps", "v"), f"unknown prediction '{self.prediction}'", "one of: eps, v")
+        require(
+            self.precision in ("float32", "bfloat16"),
+            f"unknown precision '{self.precision}'",
+            "one of: float32, bfloat16",
+        )
+
+
+@dataclass(frozen=True)
+class FisherConfig:
+    """How the Fisher diagonal is estimated: ``samples`` per timestep, at ``timesteps`` evenly spaced timesteps."""
+
+    kind: str = "empirical"
+    timesteps: int = 1000
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        require(self.kind == "empirical", f"unknown Fisher kind '{self.kind}'", "one of: empirical")
+        require(self.timesteps >= 1, f"timesteps is {self.timesteps}", "use 1 or more, e.g. 1000")
+        require(self.samples >= 2, f"samples is {self.samples}", "a standard error needs 2 or more")
+
+
+STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How a precision is chosen for every parameter. One strategy, and the settings that it reads."""
+
+    strategy: str = "groups"
+    groups: str = "12/345/6"
+    thresholds: tuple[float, ...] = ()
+    threshold: float = 0.0
+    ratio: float = 0.25
+    mean_std: float = 0.5
+    at: str = "1"
+    low: str = "float16"
+    high: str = "float32"
+    granularity: str = "channel"
+
+    def __post_init__(self) -> None:
+        require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
+        require(0 <= self.ratio <= 1, f"ratio is {self.ratio}", "the share of tensors that stays high, in [0, 1]")
+        require(self.threshold >= 0, f"threshold is {self.threshold}", "Fisher values are 0 or more")
+        require(all(t >= 0 for t in self.thresholds), f"thresholds {self.thresholds}", "Fisher values are 0 or more")
+        require(self.mean_std >= 0, f"mean_std is {self.mean_std}", "use 0 or more, e.g. 0.5")
+        require(
+            self.at == "mean" or (self.at.isascii() and self.at.isdigit()),
+            f"cannot read the Fisher table at '{self.at}'",
+            "a timestep such as 1, or 'mean'",
+        )
+        require(
+            self.granularity in ("tensor", "channel"), f"unknown granularity '{self.granularity}'", "tensor or channel"
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Nothing to choose yet: the plan says it all."""
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Which sampler makes the images, in how many steps, and how many images."""
+
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    count: int = 5000
+
+    def __post_init__(self) -> None:
+        require(self.sampler in ("ddim", "ddpm"), f"unknown sampler '{self.sampler}'", "one of: ddim, ddpm")
+        require(self.steps >= 1, f"steps is {self.steps}", "use 1 or more, e.g. 50")
+        require(0 <= self.eta <= 1, f"eta is {self.eta}", "use 0 (deterministic) to 1 (as random as DDPM)")
+        require(self.count >= 1, f"count is {self.count}", "sample at least one image")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """How the digits feature network is trained."""
+
+    epochs: int = 12
+    batch_size: int = 100
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"epochs is {self.epochs}", "train for at least one epoch")
+
+
+@dataclass(frozen=True)
+class FidConfig:
+    """How many images of each set are compared; 0 takes as many as both have."""
+
+    count: int = 0
+    resamples: int = 200
+
+    def __post_init__(self) -> None:
+        require(self.count >= 0 and self.count != 1, f"count is {self.count}", "use 2 or more, or 0 for all")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model size with the training that suits it. ``architecture`` holds what differs from the paper's U-Net."""
+
+    description: str
+    image_size: int
+    architecture: dict[str, object]
+    train: dict[str, object]
+
+
+def _own_recipe(base: int, image_size: int, norm_groups: int, num_heads: int) -> dict[str, object]:
+    """The paper's topology at another width, with SiLU, a learned time embedding and no dropout, which train faster."""
+    return {
+        "channels": [base, 2 * base, 4 * base, 8 * base, 8 * base, 6 * base],
+        "image_size": image_size,
+        "norm_groups": norm_groups,
+        "num_heads": num_heads,
+        "dropout": 0.0,
+        "activation": "silu",
+        "time_embedding": "learned",
+    }
+
+
+PRESETS = {
+    "paper": Preset(
+        "the paper's U-Net, 35.2 M parameters, 32 x 32: days on a CPU",
+        32,
+        {},
+        {
+            "optimizer": "adam",
+            "learning_rate": 2e-5,
+            "steps": 14_070,  # 15 epochs of 60,000 images
+            "warmup": 0,
+            "decay": "none",
+            "ema_decay": 0.9999,
+        },
+    ),
+    "small": Preset(
+        "the same topology at a quarter of the width, 2.2 M parameters, 32 x 32",
+        32,
+        _own_recipe(16, 32, 8, 8),
+        {"schedule": "cosine", "prediction": "v", "steps": 4500, "learning_rate": 2e-3},
+    ),
+    "demo": Preset(
+        "2.2 M parameters on 16 x 16 images: two and a half minutes on two cores",
+        16,
+        _own_recipe(16, 16, 8, 4),
+        {
+            "schedule": "cosine",
+            "prediction": "v",
+            "steps": 1000,
+            "learning_rate": 3e-3,
+            "warmup": 100,
+            "ema_decay": 0.995,
+        },
+    ),
+    "tiny": Preset(
+        "36 thousand parameters on 8 x 8 images: seconds, for tests; its images are not worth looking at",
+        8,
+        _own_recipe(2, 8, 2, 2),
+        {"schedule": "cosine", "prediction": "v", "steps": 50, "batch_size": 16, "warmup": 10, "ema_decay": 0.9},
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called ``name``, or ConfigError."""
+    require(name in PRESETS, f"unknown preset '{name}'", f"one of: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,88 @@
+"""What a stage may use besides its inputs: where to compute, how to show progress, where to keep partial results.
+
+Nothing here may change a result; what does belongs in the stage's config.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Bar(Protocol):
+    """One running progress bar."""
+
+    def update(self, n: int = 1) -> None:
+        """Count ``n`` more units as done."""
+
+    def show(self, text: str) -> None:
+        """Replace the text behind the bar, such as the current loss."""
+
+
+class SilentBar:
+    """A bar that shows nothing."""
+
+    def update(self, n: int = 1) -> None:
+        """Nothing to show."""
+
+    def show(self, text: str) -> None:
+        """Nothing to show."""
+
+
+def silent_progress(total: int, label: str, unit: str) -> AbstractContextManager[Bar]:
+    """The default: no progress shown."""
+    return nullcontext(SilentBar())
+
+
+Progress = Callable[[int, str, str], AbstractContextManager[Bar]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an unfinished artifact: tensors and plain JSON data."""
+
+    tensors: Mapping[str, Tensor]
+    data: Mapping[str, object]
+
+
+class Parts(Protocol):
+    """Where a stage keeps partial results, by name, so that a killed run can continue. Saving replaces atomically."""
+
+    def load(self, name: str) -> Part | None:
+        """The part last saved under ``name``."""
+
+    def save(self, name: str, part: Part) -> None:
+        """Keep ``part`` under ``name``."""
+
+
+class MemoryParts:
+    """Parts that live as long as the process."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, Part] = {}
+
+    def load(self, name: str) -> Part | None:
+        """The part last saved under ``name``."""
+        return self.saved.get(name)
+
+    def save(self, name: str, part: Part) -> None:
+        """Keep ``part`` under ``name``."""
+        self.saved[name] = part
+
+
+@dataclass(frozen=True)
+class Context:
+    """``batch_size``: images per forward pass outside training. ``save_interval``: seconds between saved train states.
+
+    ``stop_requested`` is asked between steps; a stage that can save its state does so and raises KeyboardInterrupt.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_size: int = 100
+    progress: Progress = silent_progress
+    parts: Parts = field(default_factory=MemoryParts)
+    save_interval: float = 30.0
+    stop_requested: Callable[[], bool] = lambda: False

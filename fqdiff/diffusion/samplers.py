@@ -1,0 +1,89 @@
+"""Samplers: one generator function per algorithm.
+
+Each yields ``(t, x)`` after every step, so that the caller owns progress, recording and stopping.
+``predict_noise(x, t)`` takes x [B, C, H, W] and t [B] and returns eps_pred; ``draw_noise()`` returns the next step noise,
+shaped like x (the caller owns the per-image generators).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fqdiff.diffusion.schedule import NoiseSchedule
+from fqdiff.errors import ConfigError
+
+PredictNoise = Callable[[Tensor, Tensor], Tensor]
+DrawNoise = Callable[[], Tensor]
+SAMPLERS = ("ddpm", "ddim")
+
+
+def sampling_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
+    """Decreasing timesteps, evenly spaced from T - 1 ("trailing" spacing; Lin et al. 2023, arXiv:2305.08891, table 2).
+
+    Starting at T - 1 matters: it is the only timestep whose input the network has seen as (almost) pure noise.
+    """
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ConfigError(
+            f"{num_inference_steps} inference steps for a model of {num_train_timesteps} training timesteps",
+            f"use 1 to {num_train_timesteps}",
+        )
+    stride = num_train_timesteps / num_inference_steps
+    return [round(num_train_timesteps - i * stride) - 1 for i in range(num_inference_steps)]
+
+
+def _steps(schedule: NoiseSchedule, num_inference_steps: int) -> Iterator[tuple[int, float, float, bool]]:
+    """(t, alphas_cumprod[t], alphas_cumprod of the next step, is it the last) for each step; the last one goes to 1."""
+    timesteps = sampling_timesteps(schedule.num_train_timesteps, num_inference_steps)
+    alphas_cumprod = [float(schedule.alphas_cumprod[t]) for t in timesteps] + [1.0]
+    for i, t in enumerate(timesteps):
+        yield t, alphas_cumprod[i], alphas_cumprod[i + 1], i == len(timesteps) - 1
+
+
+def predict_image(x: Tensor, eps: Tensor, alpha_cumprod: float, clip: bool) -> Tensor:
+    """x_0 that x_t and eps_pred imply (Ho et al. 2020, eq. 15), clipped to the image range [-1, 1] if asked."""
+    image: Tensor = (x - (1 - alpha_cumprod) ** 0.5 * eps) / alpha_cumprod**0.5
+    return image.clamp(-1, 1) if clip else image
+
+
+def ddpm(
+    predict_noise: PredictNoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    draw_noise: DrawNoise,
+    clip: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """Ancestral sampling with the posterior variance (Ho et al. 2020, eq. 6 and 7; algorithm 2 with clipped x_0)."""
+    for t, abar, abar_next, last in _steps(schedule, num_inference_steps):
+        eps = predict_noise(x, torch.full((len(x),), t, device=x.device))
+        image = predict_image(x, eps, abar, clip)
+        alpha = abar / abar_next
+        mean = abar_next**0.5 * (1 - alpha) / (1 - abar) * image + alpha**0.5 * (1 - abar_next) / (1 - abar) * x
+        std = ((1 - alpha) * (1 - abar_next) / (1 - abar)) ** 0.5
+        x = mean if last else mean + std * draw_noise()
+        yield t, x
+
+
+def ddim(
+    predict_noise: PredictNoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    num_inference_steps: int,
+    draw_noise: DrawNoise,
+    eta: float = 0.0,
+    clip: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """DDIM (Song et al. 2021, eq. 12 and 16). eta = 0 is deterministic; eta = 1 is DDPM.
+
+    eps is recomputed from the clipped image, so that x stays on the line between image and noise.
+    """
+    for t, abar, abar_next, last in _steps(schedule, num_inference_steps):
+        eps = predict_noise(x, torch.full((len(x),), t, device=x.device))
+        image = predict_image(x, eps, abar, clip)
+        eps = (x - abar**0.5 * image) / (1 - abar) ** 0.5
+        std = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
+        x = abar_next**0.5 * image + (1 - abar_next - std**2) ** 0.5 * eps
+        if std > 0 and not last:
+            x = x + std * draw_noise()
+        yield t, x

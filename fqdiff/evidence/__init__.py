@@ -1,0 +1,1 @@
+"""Evidence in four steps: images -> features -> statistics -> distance. Tensors in, numbers out."""

@@ -1,0 +1,64 @@
+"""From stored architecture (plain data) to network, and what other stages need to know about its parameters."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+
+import torch
+from torch import nn
+
+from fqdiff.errors import ConfigError
+from fqdiff.models.unet import UNet, UNetConfig, block_of
+
+Architecture = Mapping[str, object]
+
+
+def unet_architecture(config: UNetConfig) -> dict[str, object]:
+    """``config`` as plain JSON data with its family name."""
+    data = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return {"family": "unet", **data}
+
+
+def unet_config(architecture: Architecture) -> UNetConfig:
+    """The UNetConfig that ``architecture`` describes; every field checked, since it may come from a stranger's file."""
+    known = {f.name: f.type for f in fields(UNetConfig)}
+    given = {k: v for k, v in architecture.items() if k != "family"}
+    for name in given.keys() - known.keys():
+        raise ConfigError(f"unknown architecture field '{name}'", f"known: {', '.join(known)}")
+    clean: dict[str, object] = {}
+    for name, value in given.items():
+        default = getattr(UNetConfig, name)
+        if isinstance(default, tuple):
+            if not isinstance(value, list | tuple) or not all(type(v) is int and 0 < v <= 65_536 for v in value):
+                raise ConfigError(f"architecture field '{name}' is {value!r}", "a list of positive whole numbers")
+            clean[name] = tuple(value)
+        elif isinstance(default, float) and isinstance(value, int | float) and 0 <= value < 1:
+            clean[name] = float(value)
+        elif (isinstance(default, str) and isinstance(value, str)) or (type(value) is int and 0 < value <= 65_536):
+            clean[name] = value
+        else:
+            raise ConfigError(f"architecture field '{name}' is {value!r}", f"e.g. {default!r}")
+    return UNetConfig(**clean)  # type: ignore[arg-type]
+
+
+def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.Module:
+    """The network that ``architecture`` describes; on the ``meta`` device it costs no memory."""
+    family = architecture.get("family")
+    if family != "unet":
+        raise ConfigError(f"unknown model family {family!r}", "known: unet")
+    with torch.device(device):
+        return UNet(unet_config(architecture))
+
+
+def parameter_blocks(network: nn.Module) -> dict[str, str]:
+    """Block (``1``-``6``, ``stem``, ``head``) of every parameter."""
+    return {name: block_of(name) for name, _ in network.named_parameters()}
+
+
+def output_axes(network: nn.Module) -> dict[str, int]:
+    """The axis of every parameter that counts output channels: 1 for transposed convolutions' weights, else 0."""
+    axes = {}
+    for module_name, module in network.named_modules():
+        transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+        for name, _ in module.named_parameters(prefix=module_name, recurse=False):
+            axes[name] = 1 if transposed and name.endswith("weight") else 0
+    return axes

@@ -1,0 +1,258 @@
+"""Run one stage over the store: find it if it is there; else load its inputs, call it, and commit what it returns.
+
+A :class:`Step` is an artifact that may not exist yet. Its id follows from its recipe alone, so that a chain of steps can be
+listed, looked up and resumed without computing anything.
+"""
+
+import importlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+import fqdiff
+from fqdiff import distributed
+from fqdiff.context import Context
+from fqdiff.errors import LineageError
+from fqdiff.store.codecs import CODECS
+from fqdiff.store.files import disk_error
+from fqdiff.store.manifest import Input, Manifest, Recipe
+from fqdiff.store.parts import StoredParts
+from fqdiff.store.store import Store
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``run``: module and function. ``inputs``: roles in the order of its parameters. ``schema`` rises when results change."""
+
+    kind: str
+    run: str
+    inputs: tuple[str, ...] = ()
+    schema: int = 1
+    parallel: bool = False  # whether every process started by torchrun takes part
+
+    def function(self) -> Callable[..., Any]:
+        """The stage's function; importing it may import torch."""
+        module, name = self.run.split(":")
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
+
+STAGES: Mapping[str, Stage] = {
+    "dataset": Stage("dataset", "fqdiff.store.sources:load_dataset"),
+    "train": Stage("checkpoint", "fqdiff.stages.train:train", ("dataset",), parallel=True),
+    "fisher": Stage("fisher", "fqdiff.stages.fisher:fisher", ("checkpoint", "dataset")),
+    "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher")),
+    "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan")),
+    "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
+    "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
+    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
+}
+
+
+@dataclass(frozen=True)
+class External:
+    """An input that lives outside the store, such as Inception weights: its value and what identifies it."""
+
+    kind: str
+    id: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with its inputs, which may be steps themselves; a role left out is an input not given."""
+
+    stage: str
+    inputs: Mapping[str, "Step | Manifest | External"]
+    config: Any
+    seed: int = 0
+
+    @property
+    def recipe(self) -> Recipe:
+        """What determines the artifact."""
+        stage = STAGES[self.stage]
+        given = (
+            Input(role, source.kind, source.id)
+            for role in stage.inputs
+            if (source := self.inputs.get(role)) is not None
+        )
+        return Recipe(stage.kind, self.stage, stage.schema, tuple(given), _plain(asdict(self.config)), self.seed)
+
+    @property
+    def kind(self) -> str:
+        """Kind of the artifact."""
+        return STAGES[self.stage].kind
+
+    @property
+    def id(self) -> str:
+        """Id of the artifact, before it exists."""
+        return self.recipe.id
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON would give it back: tuples become lists."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass
+class Runner:
+    """A store with all it takes to run stages on it. ``say`` gets one line per event, such as what was found or made."""
+
+    store: Store
+    context: Context = field(default_factory=Context)
+    say: Callable[[str], None] = lambda line: None
+    command: str = ""
+    force: bool = False
+    _loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
+    _made: set[tuple[str, str]] = field(default_factory=set)
+
+    def run(self, step: Step) -> Manifest:
+        """The artifact of ``step``: found in the store, or made now together with the steps it needs.
+
+        With ``force`` the last step is made again even if it is there; its inputs are not.
+        """
+        sources = {role: self._artifact(source) for role, source in step.inputs.items() if source is not None}
+        recipe = step.recipe
+        made_now = (recipe.kind, recipe.id) in self._made
+        found = None if self.force and not made_now else self.store.find(recipe.kind, recipe.id)
+        # The first process decides for all: another may look only after the artifact has appeared.
+        if distributed.agree(found is not None):
+            self.say(f"{step.stage}: found {recipe.kind} {recipe.id}")
+            return found or self._committed(recipe)
+        if distributed.rank() == 0:
+            manifest = self._make_alone(step, recipe, sources)
+            distributed.barrier()
+            return manifest
+        if STAGES[step.stage].parallel:
+            self._compute(step, recipe, sources)
+        distributed.barrier()
+        return self._committed(recipe)
+
+    def _artifact(self, source: "Step | Manifest | External") -> "Manifest | External":
+        if not isinstance(source, Step):
+            return source
+        inner = Runner(self.store, self.context, self.say, self.command, False, self._loaded, self._made)
+        return inner.run(source)
+
+    def _make_alone(self, step: Step, recipe: Recipe, sources: "Mapping[str, Manifest | External]") -> Manifest:
+        """Make the artifact while no other process does; take theirs if they were first."""
+        lock = self.store.lock(recipe.kind, recipe.id)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            self.say(f"{step.stage}: another process is making {recipe.kind} {recipe.id}; waiting for it")
+            lock.acquire()
+        try:
+            found = self.store.find(recipe.kind, recipe.id)
+            if found is not None and not self.force:
+                self.say(f"{step.stage}: found {recipe.kind} {recipe.id}")
+                return found
+            if self.force:
+                shutil.rmtree(self.store.parts_folder(recipe.kind, recipe.id), ignore_errors=True)
+            begun = self.store.parts_folder(recipe.kind, recipe.id).exists()
+            self.say(f"{step.stage}: {'continuing' if begun else 'making'} {recipe.kind} {recipe.id}")
+            started = time.monotonic()
+            value = self._compute(step, recipe, sources)
+            manifest = self._commit(recipe, value, time.monotonic() - started, found)
+            shutil.rmtree(self.store.parts_folder(recipe.kind, recipe.id), ignore_errors=True)
+        finally:
+            lock.release()
+        self._made.add((recipe.kind, recipe.id))
+        return manifest
+
+    def _compute(self, step: Step, recipe: Recipe, sources: "Mapping[str, Manifest | External]") -> Any:
+        stage = STAGES[step.stage]
+        values = [self.load(sources[role]) if role in sources else None for role in stage.inputs]
+        parts = StoredParts(self.store.parts_folder(recipe.kind, recipe.id), recipe)
+        context = Context(**{**vars(self.context), "parts": parts})
+        return stage.function()(*values, step.config, step.seed, context)
+
+    def _commit(self, recipe: Recipe, value: Any, seconds: float, replaced: Manifest | None) -> Manifest:
+        draft = Manifest(
+            recipe,
+            recipe.id,
+            datetime.now(UTC).isoformat(timespec="microseconds"),
+            self.command,
+            (),
+            environment(str(self.context.device)),
+            round(seconds, 3),
+            peak_memory(),
+        )
+        try:
+            directory = self.store.temporary(recipe.kind)
+            try:
+                CODECS[recipe.kind].save(value, directory)
+                if replaced is not None:
+                    self.store.remove(replaced, force=True)
+                return self.store.commit(directory, draft)
+            except BaseException:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise disk_error(error, f"cannot write {recipe.kind} {recipe.id}") from error
+
+    def _committed(self, recipe: Recipe) -> Manifest:
+        found = self.store.find(recipe.kind, recipe.id)
+        if found is None:
+            raise LineageError(f"{recipe.kind} {recipe.id} was not written", "look at the first process's error")
+        return found
+
+    def load(self, source: "Manifest | External") -> Any:
+        """The value of an artifact, its files checked against their hashes; kept for the next stage that asks."""
+        if isinstance(source, External):
+            return source.value
+        key = (source.kind, source.id)
+        if key not in self._loaded:
+            self.store.verify(source)
+            value = CODECS[source.kind].load(self.store.directory(*key))
+            self._loaded[key] = value
+        return self._loaded[key]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the result may depend on beside its recipe."""
+    import torch
+
+    return {
+        "fqdiff": fqdiff.__version__,
+        "git": _git_commit(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the source tree that fqdiff runs from, with a plus where it has changes; None when installed elsewhere."""
+    root = Path(fqdiff.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

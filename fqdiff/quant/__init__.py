@@ -1,0 +1,1 @@
+"""Number formats and what turns tensors into them and back: pure tensor functions."""

@@ -1,0 +1,72 @@
+"""Fréchet distance of generated images to held-out real ones, and to another model's, with its uncertainty."""
+
+from fqdiff.configs import FidConfig
+from fqdiff.context import Context
+from fqdiff.errors import ConfigError, DataError, LineageError
+from fqdiff.evidence.bootstrap import difference_interval
+from fqdiff.evidence.features import FeatureNetwork
+from fqdiff.evidence.frechet import feature_statistics, frechet_distance
+from fqdiff.rng import generator
+from fqdiff.values import ClassifierWeights, Dataset, FidResult, SampleSet
+
+
+def fid(
+    samples: SampleSet,
+    dataset: Dataset,
+    features: FeatureNetwork | ClassifierWeights,
+    baseline: SampleSet | None,
+    config: FidConfig,
+    seed: int,
+    context: Context,
+) -> FidResult:
+    """FID of ``samples`` against as many held-out images of ``dataset``, both as uint8 through the same ``features``.
+
+    With a ``baseline`` sampled from the same noise: the difference of the two FIDs and its paired bootstrap interval.
+    Raises ConfigError for a count that one side does not have, DataError for other image shapes, LineageError for a
+    baseline of another seed.
+    """
+    network = features.feature_network() if isinstance(features, ClassifierWeights) else features
+    reference = dataset.reference
+    if samples.images.shape[1:] != reference.shape[1:]:
+        raise DataError(
+            f"samples of shape {tuple(samples.images.shape[1:])} against images of {tuple(reference.shape[1:])}",
+            "compare with the data set the model was trained on",
+        )
+    n = config.count or min(len(samples.images), len(reference))
+    if n > min(len(samples.images), len(reference)):
+        raise ConfigError(
+            f"{n} images asked for; there are {len(samples.images)} samples and {len(reference)} held-out images",
+            "lower --count, or take a larger data set",
+        )
+    with context.progress(2 + (baseline is not None), "fid", "set") as bar:
+        real = network.extract(reference[:n])
+        bar.update()
+        fake = network.extract(samples.images[:n])
+        bar.update()
+        real_statistics = feature_statistics(real)
+        distance = frechet_distance(real_statistics, feature_statistics(fake))
+        difference, interval = None, None
+        if baseline is not None:
+            if baseline.seed != samples.seed or len(baseline.images) < n:
+                raise LineageError(
+                    f"a baseline of {len(baseline.images)} images with seed {baseline.seed}, samples with seed {samples.seed}",
+                    "sample both with the same --seed and --count",
+                )
+            base = network.extract(baseline.images[:n])
+            difference = distance - frechet_distance(real_statistics, feature_statistics(base))
+            interval = difference_interval(fake, base, real, generator(seed, "bootstrap"), config.resamples)
+            bar.update()
+    return FidResult(
+        fid=distance,
+        n=n,
+        features=network.name,
+        features_sha256=network.sha256,
+        dimension=real.shape[1],
+        reference=f"{dataset.name}, the first {n} held-out images",
+        seed=samples.seed,
+        image_mean=float(samples.images[:n].double().mean()) / 127.5 - 1,
+        reference_mean=float(reference[:n].double().mean()) / 127.5 - 1,
+        confidence=network.confidence(samples.images[:n]) if network.confidence else None,
+        difference=difference,
+        interval=interval,
+    )

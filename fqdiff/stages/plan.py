@@ -1,0 +1,146 @@
+"""Plans: from Fisher values to one format per parameter, by the rules of the layer-adaptive paper.
+
+Candidates are the weight tensors (two axes or more) of the six blocks. Biases and norms, being few, stay float32; the stem
+and the head stay high: they belong to no block group, and low precision at the image is known to ruin it. Only ``uniform``
+lowers their weights too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from fqdiff.configs import PlanConfig
+from fqdiff.context import Context
+from fqdiff.errors import ConfigError, GroupsError, LineageError, NumericalError
+from fqdiff.groups import format_groups, parse_groups
+from fqdiff.models.registry import build, output_axes, parameter_blocks
+from fqdiff.quant.container import file_bytes, metadata, stored_tensors
+from fqdiff.quant.formats import Granularity, PerChannel, PerTensor, get_format, parse_granularity
+from fqdiff.quant.packed import stored_bytes
+from fqdiff.values import Checkpoint, FisherTable, Plan, PlanEntry, model_description
+
+BLOCKS = ("1", "2", "3", "4", "5", "6")
+Scores = Mapping[str, float]
+Rule = tuple[float, str]  # a threshold, and where it comes from
+
+
+def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig, seed: int, context: Context) -> Plan:
+    """One entry per parameter of ``checkpoint``. A candidate whose score is under its threshold gets ``config.low``.
+
+    Raises ConfigError for a timestep that the table lacks, LineageError for a table of other parameters.
+    """
+    network = build(checkpoint.spec.architecture, "meta")
+    blocks, axes = parameter_blocks(network), output_axes(network)
+    shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
+    weights = [name for name, shape in shapes.items() if len(shape) >= 2]
+    low, high = get_format(config.low), get_format(config.high)
+    if config.strategy == "uniform":
+        scores: Scores = {}
+        rules: Mapping[str, Rule] = {name: (float("inf"), "uniform: every weight tensor goes low") for name in weights}
+    else:
+        if fisher is None:
+            raise ConfigError(f"strategy '{config.strategy}' needs Fisher values", "run fqdiff fisher first")
+        scores = read_scores(fisher, config.at)
+        if scores.keys() != shapes.keys():
+            raise LineageError("the Fisher table is of another model", "run fqdiff fisher on this checkpoint")
+        candidates = {name: scores[name] for name in weights if blocks[name] in BLOCKS}
+        rules = RULES[config.strategy](candidates, blocks, config)
+
+    entries = []
+    for name, shape in shapes.items():
+        score = scores.get(name)
+        threshold, rule = rules.get(
+            name, (None, "stem and head stay high" if len(shape) >= 2 else "biases and norms stay float32")
+        )
+        if threshold is not None:
+            chosen = low if score is None or score < threshold else high
+        else:
+            chosen = high if len(shape) >= 2 else get_format("float32")
+        granularity: Granularity = PerTensor()
+        if chosen.is_integer and config.granularity == "channel":
+            granularity = PerChannel(axes[name])
+        size = stored_bytes(shape, chosen, granularity)
+        finite = threshold if threshold is not None and threshold != float("inf") else None
+        entries.append(PlanEntry(name, blocks[name], shape, chosen.name, str(granularity), score, finite, rule, size))
+    return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries))
+
+
+def predicted_file_bytes(checkpoint: Checkpoint, entries: Iterable[PlanEntry]) -> int:
+    """Size of the file that holds ``entries``, header included, to the byte."""
+    described = {e.parameter: (e.shape, get_format(e.format), parse_granularity(e.granularity)) for e in entries}
+    return file_bytes(stored_tensors(described), metadata(model_description(checkpoint.spec), described))
+
+
+def read_scores(table: FisherTable, at: str) -> dict[str, float]:
+    """Fisher value of each parameter (mean over its elements) at one timestep, or averaged over all of them."""
+    if at == "mean":
+        scores = {name: float(entry.mean.mean()) for name, entry in table.entries.items()}
+    else:
+        found = (table.timesteps == int(at)).nonzero().flatten()
+        if not len(found):
+            near = int(table.timesteps[(table.timesteps - int(at)).abs().argmin()])
+            raise ConfigError(
+                f"the Fisher table has no timestep {at}",
+                f"the nearest is {near}: --at {near}, or fqdiff fisher with more timesteps",
+            )
+        scores = {name: float(entry.mean[found[0]]) for name, entry in table.entries.items()}
+    for name, score in scores.items():
+        if not 0 <= score < float("inf"):
+            raise NumericalError(f"the Fisher value of '{name}' is {score}", "run fqdiff fisher again")
+    return scores
+
+
+def single_threshold(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+    """One threshold for the whole model."""
+    return dict.fromkeys(scores, (config.threshold, f"threshold {config.threshold:g} for the whole model"))
+
+
+def group_thresholds(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+    """One threshold per block group: given, or the mean Fisher value of the group's weight tensors."""
+    groups = parse_groups(config.groups)
+    if config.thresholds and len(config.thresholds) != len(groups):
+        raise GroupsError(
+            f"{len(config.thresholds)} thresholds for {len(groups)} groups '{config.groups}'",
+            "one per group, e.g. 0.1/0.01/0.1",
+        )
+    rules: dict[str, Rule] = {}
+    for index, group in enumerate(groups):
+        members = [name for name in scores if int(blocks[name]) in group]
+        mean = sum(scores[name] for name in members) / len(members)
+        given = config.thresholds[index] if config.thresholds else None
+        source = "given" if given is not None else "its mean Fisher value"
+        rules |= dict.fromkeys(
+            members, (mean if given is None else given, f"group {format_groups((group,))}: {source}")
+        )
+    return rules
+
+
+def block_ratio(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+    """In each block the share ``ratio`` of tensors with the highest Fisher values stays (rounded to whole tensors)."""
+    rules: dict[str, Rule] = {}
+    for block in BLOCKS:
+        members = sorted((name for name in scores if blocks[name] == block), key=lambda name: -scores[name])
+        keep = round(config.ratio * len(members))
+        threshold = scores[members[keep - 1]] if keep else float("inf")
+        rules |= dict.fromkeys(members, (threshold, f"block {block}: the top {keep} of {len(members)} stay"))
+    return rules
+
+
+def mean_minus_deviations(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+    """Threshold mean - k * std per block, k = clamp(A * mean / std, 0.1, 2.0)."""
+    rules: dict[str, Rule] = {}
+    for block in BLOCKS:
+        members = [name for name in scores if blocks[name] == block]
+        values = torch.tensor([scores[name] for name in members], dtype=torch.float64)
+        mean, std = float(values.mean()), float(values.std(correction=0))
+        k = min(max(config.mean_std * mean / std, 0.1), 2.0) if std > 0 else 0.1
+        rules |= dict.fromkeys(members, (mean - k * std, f"block {block}: mean - {k:.2f} std"))
+    return rules
+
+
+RULES: Mapping[str, Callable[[Scores, Mapping[str, str], PlanConfig], dict[str, Rule]]] = {
+    "threshold": single_threshold,
+    "groups": group_thresholds,
+    "ratio": block_ratio,
+    "mean-std": mean_minus_deviations,
+}

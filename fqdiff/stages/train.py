@@ -1,0 +1,205 @@
+"""Training of a noise predictor: images in, a checkpoint holding the averaged (EMA) weights out.
+
+Shapes: B batch, C channels, H W pixels.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from fqdiff import distributed
+from fqdiff.configs import TrainConfig
+from fqdiff.context import Context, Part
+from fqdiff.diffusion.samplers import ddim
+from fqdiff.diffusion.schedule import NoiseSchedule, add_noise, velocity
+from fqdiff.errors import ConfigError, DataError, NumericalError
+from fqdiff.evidence.features import to_uint8, to_unit_range
+from fqdiff.models.registry import build
+from fqdiff.rng import derive_seed, generator
+from fqdiff.values import Checkpoint, Dataset, ModelSpec, predict_noise
+
+PREVIEW_IMAGES = 64
+PREVIEW_STEPS = 50
+
+
+@dataclass
+class Training:
+    """The running state: everything a killed run needs to continue bit-identically."""
+
+    network: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    step: int
+    loss: Tensor
+
+
+def train(dataset: Dataset, config: TrainConfig, seed: int, context: Context) -> Checkpoint:
+    """The checkpoint after ``config.steps`` optimizer steps on the training images of ``dataset``.
+
+    Every draw of step k comes from (seed, label, k), so a run that continues from a saved part ends with the same bits as
+    one that was never stopped. Raises NumericalError on a loss or gradient that is not finite.
+    """
+    spec = ModelSpec(config.architecture, config.schedule, config.prediction)
+    images = dataset.train
+    if tuple(images.shape[1:]) != spec.image_shape:
+        raise DataError(
+            f"images of shape {tuple(images.shape[1:])} for a network of {spec.image_shape}",
+            "match --image-size to the preset",
+        )
+    images = images.to(context.device)
+    schedule = spec.noise_schedule()
+    state = initial_state(spec, config, seed, context.device)
+    saved = context.parts.load("state")
+    if saved is not None:
+        restore(state, saved)
+    forward = distributed.wrap(state.network)
+    last_save = time.monotonic()
+    with context.progress(config.steps, "train", "step") as bar:
+        bar.update(state.step)
+        while state.step < config.steps:
+            train_step(state, forward, images, schedule, config, seed)
+            bar.update()
+            bar.show(f"loss {float(state.loss[max(0, state.step - 50) : state.step].mean()):.4f}")
+            stopping = context.stop_requested()
+            if stopping or time.monotonic() - last_save >= context.save_interval:
+                if distributed.rank() == 0:
+                    context.parts.save("state", snapshot(state))
+                last_save = time.monotonic()
+            if stopping:
+                raise KeyboardInterrupt
+    tensors = {name: p.detach().cpu().contiguous() for name, p in state.average.module.named_parameters()}
+    return Checkpoint(spec, tensors, state.loss, preview(spec, tensors, seed, context.device))
+
+
+def initial_state(spec: ModelSpec, config: TrainConfig, seed: int, device: torch.device) -> Training:
+    """Fresh weights, drawn from (seed, "weights"), with their optimizer and average."""
+    with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator
+        torch.manual_seed(derive_seed(seed, "weights"))
+        network = build(spec.architecture)
+    network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    # Warm-up of the average: early on it follows the weights, so that a short run is not averaged with its own start.
+    average = AveragedModel(network, multi_avg_fn=lambda old, new, n: _average(old, new, n, config.ema_decay))
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    optimizer = kind(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return Training(network, average, optimizer, 0, torch.zeros(config.steps))
+
+
+def _average(old: Sequence[Tensor], new: Sequence[Tensor], count: Tensor | int, decay: float) -> None:
+    warm = (1 + float(count)) / (10 + float(count))
+    torch._foreach_lerp_(list(old), list(new), 1 - min(decay, warm))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of ``step``: linear warm-up, then constant or a half cosine to zero."""
+    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+    if config.decay == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return rate
+
+
+def train_step(
+    state: Training, forward: nn.Module, images: Tensor, schedule: NoiseSchedule, config: TrainConfig, seed: int
+) -> None:
+    """One optimizer step, in place. ``images`` uint8 [N, C, H, W]; each process takes its share of the batch."""
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    draw = generator(seed, "train", state.step)
+    chosen = batch_indices(len(images), config.batch_size, state.step, seed)
+    t = torch.randint(schedule.num_train_timesteps, (len(chosen),), generator=draw)[mine].to(images.device)
+    noise = torch.randn(len(chosen), *images.shape[1:], generator=draw)[mine].to(images.device)
+    x_0 = to_unit_range(images[chosen[mine].to(images.device)])
+    x_t = add_noise(schedule, x_0, noise, t).contiguous(memory_format=torch.channels_last)
+    target = velocity(schedule, x_0, noise, t) if config.prediction == "v" else noise
+
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    # Dropout can draw only from the global generator: seed it for this step, and give it back afterwards.
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, "dropout", state.step, distributed.rank()))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = F.mse_loss(forward(x_t, t).float(), target)
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm or math.inf)
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        raise NumericalError(
+            f"loss {float(loss):g}, gradient norm {float(norm):g} at step {state.step}",
+            "the last good state is kept; lower --learning-rate, or lengthen --warmup",
+        )
+    state.optimizer.step()
+    state.average.update_parameters(state.network)
+    state.loss[state.step] = float(loss)
+    state.step += 1
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """Which images step ``step`` sees: consecutive pieces of one endless row of shuffled epochs."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = {
+        int(e): torch.randperm(count, generator=generator(seed, "epoch", int(e))) for e in (positions // count).unique()
+    }
+    return torch.stack([epochs[int(p) // count][int(p) % count] for p in positions])
+
+
+def snapshot(state: Training) -> Part:
+    """Weights, averaged weights, optimizer state and losses as plain tensors."""
+    tensors = {f"network.{k}": v for k, v in state.network.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in state.average.state_dict().items()}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    tensors["loss"] = state.loss
+    return Part({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"step": state.step})
+
+
+def restore(state: Training, part: Part) -> None:
+    """Put ``part`` into a fresh ``state``, in place."""
+
+    def section(prefix: str) -> Mapping[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in part.tensors.items() if k.startswith(prefix)}
+
+    step = part.data.get("step")
+    if not isinstance(step, int) or part.tensors["loss"].shape != state.loss.shape:
+        raise ConfigError("the saved training state is of another recipe", "start over with --force")
+    state.network.load_state_dict(section("network."))
+    state.average.load_state_dict(section("average."))
+    optimizer = state.optimizer.state_dict()
+    optimizer["state"] = {}
+    for key, value in section("optimizer.").items():
+        index, name = key.split(".", 1)
+        optimizer["state"].setdefault(int(index), {})[name] = value
+    state.optimizer.load_state_dict(optimizer)
+    state.loss.copy_(part.tensors["loss"])
+    state.step = step
+
+
+def preview(spec: ModelSpec, tensors: Mapping[str, Tensor], seed: int, device: torch.device) -> Tensor:
+    """A few DDIM samples, uint8 [N, C, H, W], to look at."""
+    network = spec.network(tensors).to(device)
+    noise = torch.randn(PREVIEW_IMAGES, *spec.image_shape, generator=generator(seed, "preview")).to(device)
+    schedule = spec.noise_schedule()
+    steps = min(PREVIEW_STEPS, schedule.num_train_timesteps)
+    with torch.inference_mode():
+        *_, (_, images) = ddim(predict_noise(spec, network), noise, schedule, steps, lambda: noise)
+    return to_uint8(images).cpu()
+
+
+def estimate_seconds(config: TrainConfig, device: torch.device) -> float:
+    """What training will take, from timing a few small batches of random images on ``device``."""
+    spec = ModelSpec(config.architecture, config.schedule, config.prediction)
+    probe = min(8, config.batch_size)
+    state = initial_state(spec, config, 0, device)
+    images = torch.zeros(probe, *spec.image_shape, dtype=torch.uint8, device=device)
+    schedule = spec.noise_schedule()
+    shortened = TrainConfig(**{**vars(config), "batch_size": probe, "steps": 3})
+    seconds = math.inf
+    for _ in range(shortened.steps):
+        start = time.monotonic()
+        train_step(state, state.network, images, schedule, shortened, 0)
+        seconds = min(seconds, time.monotonic() - start)
+    return seconds * config.batch_size / probe / distributed.world_size() * config.steps

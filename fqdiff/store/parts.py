@@ -1,0 +1,58 @@
+"""Partial results of an unfinished artifact, one safetensors file each, so that a killed run can continue."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import save
+
+from fqdiff.context import Part
+from fqdiff.digests import tensor_digest
+from fqdiff.errors import ArtifactCorrupt
+from fqdiff.store.files import disk_error, read_json, read_tensors, write_atomically
+from fqdiff.store.manifest import Recipe, recipe_from_json
+from fqdiff.store.store import Store
+
+RECIPE = "recipe.json"
+
+
+class StoredParts:
+    """Parts in a folder of their own, made on first use."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder = folder
+        self.recipe = recipe
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def load(self, name: str) -> Part | None:
+        """The part last saved under ``name``. Raises ArtifactCorrupt where its digest does not fit."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        tensors, metadata = read_tensors(path)
+        if metadata.get("digest") != tensor_digest(tensors):
+            raise ArtifactCorrupt(f"the partial result {path} is damaged", "start over with --force")
+        return Part(tensors, metadata["data"])
+
+    def save(self, name: str, part: Part) -> None:
+        """Keep ``part`` under ``name``; the one before stays whole until this one is."""
+        content = json.dumps({"digest": tensor_digest(part.tensors), "data": dict(part.data)}, sort_keys=True)
+        try:
+            if not (self.folder / RECIPE).exists():
+                write_atomically(self.folder / RECIPE, json.dumps(asdict(self.recipe)).encode())
+            write_atomically(self._path(name), save(dict(part.tensors), metadata={"fqdiff": content}))
+        except OSError as error:
+            raise disk_error(error, f"cannot write {self._path(name)}") from error
+
+
+def last_unfinished(store: Store, kind: str) -> Recipe | None:
+    """The recipe of the unfinished artifact of ``kind`` whose part was saved last; None where all are finished."""
+    folders = (store.root / "parts" / kind).glob("*")
+    saved = [(part.stat().st_mtime, part.parent) for folder in folders for part in folder.glob("*.safetensors")]
+    for _, folder in sorted(saved, reverse=True):
+        recipe = recipe_from_json(read_json(folder / RECIPE), str(folder / RECIPE))
+        if store.find(kind, recipe.id) is None:
+            return recipe
+    return None

@@ -1,0 +1,260 @@
+"""What passes between stages: frozen dataclasses that hold tensors and plain data, and never a path.
+
+Shapes: N images, C channels, H W pixels, T timesteps, O output channels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fqdiff.diffusion.samplers import PredictNoise
+from fqdiff.diffusion.schedule import NoiseSchedule, make_schedule, noise_from_velocity
+from fqdiff.digests import tensor_digest
+from fqdiff.errors import ArtifactCorrupt, ConfigError
+from fqdiff.evidence.digits import DigitClassifier, in_batches
+from fqdiff.evidence.features import FeatureNetwork, to_unit_range
+from fqdiff.models.registry import build
+from fqdiff.quant.packed import PackedTensor, unpack_tensor
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with their split. ``images`` uint8 [N, C, H, W], ``labels`` int64 [N] or None, ``held_out`` bool [N].
+
+    ``origin`` int64 [N] is each image's position in its source, train files first.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+    held_out: Tensor
+    origin: Tensor
+
+    @property
+    def train(self) -> Tensor:
+        """The training images; no stage but ``fid`` sees the others."""
+        return self.images[~self.held_out]
+
+    @property
+    def reference(self) -> Tensor:
+        """The held-out images that generated ones are compared with."""
+        return self.images[self.held_out]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All it takes to rebuild a diffusion model but its weights."""
+
+    architecture: Mapping[str, object]
+    schedule: str
+    prediction: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        channels, size = self.architecture["image_channels"], self.architecture["image_size"]
+        assert isinstance(channels, int)
+        assert isinstance(size, int)
+        return channels, size, size
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """The schedule the model was trained with."""
+        steps = self.architecture["num_train_timesteps"]
+        assert isinstance(steps, int)
+        return make_schedule(self.schedule, steps)
+
+    def network(self, tensors: Tensors) -> nn.Module:
+        """The network in eval mode with ``tensors`` as its parameters, keyed by parameter name; none missing, none left."""
+        network = build(self.architecture, "meta")
+        shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        got = {name: tuple(t.shape) for name, t in tensors.items()}
+        if got != shapes:
+            wrong = sorted(n for n in shapes.keys() | got.keys() if shapes.get(n) != got.get(n))
+            raise ArtifactCorrupt(
+                f"tensors do not fit the architecture: {', '.join(wrong[:3])}", "the file is not what its manifest says"
+            )
+        network = build(self.architecture)
+        network.load_state_dict(dict(tensors), strict=True, assign=True)
+        return network.eval().requires_grad_(False)
+
+
+def model_description(spec: ModelSpec) -> dict[str, object]:
+    """``spec`` as plain JSON data, as it stands in the header of a model file."""
+    return {"architecture": dict(spec.architecture), "schedule": spec.schedule, "prediction": spec.prediction}
+
+
+def output_to_noise(spec: ModelSpec) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The map (network output, x_t, t) -> eps_pred, whichever quantity the output stands for."""
+    if spec.prediction == "eps":
+        return lambda output, x_t, t: output
+    if spec.prediction == "v":
+        schedule = spec.noise_schedule()
+        return lambda output, x_t, t: noise_from_velocity(schedule, x_t, output, t)
+    raise ConfigError(f"unknown prediction '{spec.prediction}'", "one of: eps, v")
+
+
+def predict_noise(spec: ModelSpec, network: nn.Module) -> PredictNoise:
+    """eps_pred(x_t, t) of ``network``."""
+    to_noise = output_to_noise(spec)
+    return lambda x_t, t: to_noise(network(x_t, t), x_t, t)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model: exactly one set of weights, the EMA's, in float32, keyed by parameter name.
+
+    ``loss`` float32 [steps] is the training loss of each step, ``preview`` uint8 [N, C, H, W] a few DDIM samples.
+    """
+
+    spec: ModelSpec
+    tensors: Tensors
+    loss: Tensor
+    preview: Tensor
+
+    def network(self) -> nn.Module:
+        """The network, in eval mode."""
+        return self.spec.network(self.tensors)
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """A model whose every parameter is stored as its plan says; there is no other copy of the weights."""
+
+    spec: ModelSpec
+    packed: Mapping[str, PackedTensor]
+
+    def network(self) -> nn.Module:
+        """The network, in eval mode, its float32 weights computed from the packed tensors alone."""
+        return self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()})
+
+
+Model = Checkpoint | QuantizedCheckpoint
+
+
+@dataclass(frozen=True)
+class FisherEntry:
+    """Fisher diagonal of one parameter at each timestep, reduced over its elements; all float64.
+
+    ``mean`` [T], ``maximum`` [T], ``standard_error`` [T] (of the mean, over samples), ``channel`` [T, O]: mean within each
+    output channel.
+    """
+
+    block: str
+    numel: int
+    mean: Tensor
+    standard_error: Tensor
+    maximum: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class FisherTable:
+    """Fisher diagonal per parameter and timestep. ``timesteps`` int64 [T], increasing; ``samples`` per timestep."""
+
+    kind: str
+    timesteps: Tensor
+    samples: int
+    entries: Mapping[str, FisherEntry]
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What becomes of one parameter, and why. ``bytes`` is its payload in the file, scales and zero points included."""
+
+    parameter: str
+    block: str
+    shape: tuple[int, ...]
+    format: str
+    granularity: str
+    score: float | None
+    threshold: float | None
+    rule: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry per parameter, kept ones included. ``file_bytes`` is the size of the file that ``quantize`` writes."""
+
+    strategy: str
+    entries: tuple[PlanEntry, ...]
+    file_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights of the model."""
+        return sum(torch.Size(e.shape).numel() for e in self.entries)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits of the file, header included, over the number of weights."""
+        return 8 * self.file_bytes / self.parameters
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Generated images, uint8 [N, C, H, W]. Image k came from the generator of (seed, "image", k) alone."""
+
+    images: Tensor
+    seed: int
+
+    @property
+    def image_seeds(self) -> Tensor:
+        """int64 [N, 2]: (seed, k) of each image."""
+        return torch.stack([torch.full((len(self.images),), self.seed), torch.arange(len(self.images))], dim=1)
+
+
+@dataclass(frozen=True)
+class ClassifierWeights:
+    """The digits feature network, trained on ``dataset``'s labelled training images; ``accuracy`` on the held-out ones."""
+
+    dataset: str
+    classes: int
+    image_shape: tuple[int, int, int]
+    tensors: Tensors
+    accuracy: float
+    confidence: float
+
+    def feature_network(self) -> FeatureNetwork:
+        """The classifier's penultimate layer as features, and its confidence."""
+        channels, size, _ = self.image_shape
+        network = DigitClassifier(channels, size, self.classes)
+        network.load_state_dict(dict(self.tensors))
+        network.eval().requires_grad_(False)
+
+        def confidence(images: Tensor) -> float:
+            return float(in_batches(network, to_unit_range(images)).softmax(dim=1).amax(dim=1).double().mean())
+
+        return FeatureNetwork(
+            name="digits",
+            sha256=tensor_digest(self.tensors),
+            extract=lambda images: in_batches(network.features, to_unit_range(images)),
+            confidence=confidence,
+        )
+
+
+@dataclass(frozen=True)
+class FidResult:
+    """A Fréchet distance with all it depends on.
+
+    ``n`` images on each side; ``image_mean`` and ``reference_mean`` are mean pixels in [-1, 1]. ``confidence``: mean top-1
+    confidence, for classifier features. ``difference`` to a baseline sample set of the same seed, with its 95 % paired
+    bootstrap ``interval``, where one was given.
+    """
+
+    fid: float
+    n: int
+    features: str
+    features_sha256: str
+    dimension: int
+    reference: str
+    seed: int
+    image_mean: float
+    reference_mean: float
+    confidence: float | None = None
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
