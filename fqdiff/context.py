@@ -3,6 +3,7 @@
 Nothing here may change a result; what does belongs in the stage's config.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -84,5 +85,5 @@ class Context:
     batch_size: int = 100
     progress: Progress = silent_progress
     parts: Parts = field(default_factory=MemoryParts)
-    save_interval: float = 30.0
+    save_interval: float = field(default_factory=lambda: float(os.environ.get("FQDIFF_SAVE_INTERVAL", "30")))
     stop_requested: Callable[[], bool] = lambda: False

@@ -4,7 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 
 def launched() -> bool:
@@ -47,6 +47,15 @@ def agree(decision: bool) -> bool:
     shared = [decision]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def mean(value: Tensor) -> Tensor:
+    """``value`` averaged over the processes."""
+    if not dist.is_initialized():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world_size()
 
 
 def wrap(network: nn.Module) -> nn.Module:

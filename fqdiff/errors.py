@@ -51,3 +51,9 @@ class QuantizationError(FqdiffError):
 
 class NumericalError(FqdiffError):
     """A computation produced NaN or infinity."""
+
+
+def require(condition: bool, message: str, hint: str = "") -> None:
+    """Raise ConfigError unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message, hint)

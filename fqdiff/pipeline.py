@@ -149,13 +149,16 @@ class Runner:
         """Make the artifact while no other process does; take theirs if they were first."""
         lock = self.store.lock(recipe.kind, recipe.id)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self.say(f"{step.stage}: another process is making {recipe.kind} {recipe.id}; waiting for it")
-            lock.acquire()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                self.say(f"{step.stage}: another process is making {recipe.kind} {recipe.id}; waiting for it")
+                lock.acquire()
+        except OSError as error:
+            raise disk_error(error, f"cannot use the store {self.store.root}") from error
         try:
-            found = self.store.find(recipe.kind, recipe.id)
-            if found is not None and not self.force:
+            found = None if self.force else self.store.find(recipe.kind, recipe.id)
+            if found is not None:
                 self.say(f"{step.stage}: found {recipe.kind} {recipe.id}")
                 return found
             if self.force:
@@ -164,7 +167,8 @@ class Runner:
             self.say(f"{step.stage}: {'continuing' if begun else 'making'} {recipe.kind} {recipe.id}")
             started = time.monotonic()
             value = self._compute(step, recipe, sources)
-            manifest = self._commit(recipe, value, time.monotonic() - started, found)
+            manifest = self._commit(recipe, value, time.monotonic() - started)
+            self._loaded.pop((recipe.kind, recipe.id), None)  # made again, it may differ from what was read before
             shutil.rmtree(self.store.parts_folder(recipe.kind, recipe.id), ignore_errors=True)
         finally:
             lock.release()
@@ -178,7 +182,7 @@ class Runner:
         context = Context(**{**vars(self.context), "parts": parts})
         return stage.function()(*values, step.config, step.seed, context)
 
-    def _commit(self, recipe: Recipe, value: Any, seconds: float, replaced: Manifest | None) -> Manifest:
+    def _commit(self, recipe: Recipe, value: Any, seconds: float) -> Manifest:
         draft = Manifest(
             recipe,
             recipe.id,
@@ -193,9 +197,7 @@ class Runner:
             directory = self.store.temporary(recipe.kind)
             try:
                 CODECS[recipe.kind].save(value, directory)
-                if replaced is not None:
-                    self.store.remove(replaced, force=True)
-                return self.store.commit(directory, draft)
+                return self.store.commit(directory, draft, replace=self.force)
             except BaseException:
                 shutil.rmtree(directory, ignore_errors=True)
                 raise

@@ -3,16 +3,16 @@
 Shapes: N images, C channels, H W pixels, T timesteps, O output channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fqdiff.diffusion.samplers import PredictNoise
-from fqdiff.diffusion.schedule import NoiseSchedule, make_schedule, noise_from_velocity
+from fqdiff.diffusion.schedule import PREDICTIONS, NoiseSchedule, make_schedule, noise_from_velocity
 from fqdiff.digests import tensor_digest
-from fqdiff.errors import ArtifactCorrupt, ConfigError
+from fqdiff.errors import ArtifactCorrupt, require
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.models.registry import build
@@ -53,6 +53,13 @@ class ModelSpec:
     schedule: str
     prediction: str
 
+    def __post_init__(self) -> None:
+        require(
+            self.prediction in PREDICTIONS,
+            f"unknown prediction '{self.prediction}'",
+            f"one of: {', '.join(PREDICTIONS)}",
+        )
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
@@ -77,7 +84,6 @@ class ModelSpec:
             raise ArtifactCorrupt(
                 f"tensors do not fit the architecture: {', '.join(wrong[:3])}", "the file is not what its manifest says"
             )
-        network = build(self.architecture)
         network.load_state_dict(dict(tensors), strict=True, assign=True)
         return network.eval().requires_grad_(False)
 
@@ -87,20 +93,12 @@ def model_description(spec: ModelSpec) -> dict[str, object]:
     return {"architecture": dict(spec.architecture), "schedule": spec.schedule, "prediction": spec.prediction}
 
 
-def output_to_noise(spec: ModelSpec) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The map (network output, x_t, t) -> eps_pred, whichever quantity the output stands for."""
-    if spec.prediction == "eps":
-        return lambda output, x_t, t: output
-    if spec.prediction == "v":
-        schedule = spec.noise_schedule()
-        return lambda output, x_t, t: noise_from_velocity(schedule, x_t, output, t)
-    raise ConfigError(f"unknown prediction '{spec.prediction}'", "one of: eps, v")
-
-
 def predict_noise(spec: ModelSpec, network: nn.Module) -> PredictNoise:
-    """eps_pred(x_t, t) of ``network``."""
-    to_noise = output_to_noise(spec)
-    return lambda x_t, t: to_noise(network(x_t, t), x_t, t)
+    """eps_pred(x_t, t) of ``network``, whichever quantity its output stands for."""
+    if spec.prediction == "eps":
+        return network
+    schedule = spec.noise_schedule()
+    return lambda x_t, t: noise_from_velocity(schedule, x_t, network(x_t, t), t)
 
 
 @dataclass(frozen=True)

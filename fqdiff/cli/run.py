@@ -158,7 +158,7 @@ def run_text(data: dict[str, Any], chain: "Chain") -> str:
         [
             table(header, cells),
             f"N = {first['n']} images against as many held-out ones, sample seed {first['seed']}.",
-            f"The last row is FP32 with seed {floor['seed']}: noise alone moves FID by {moved:.2f}; less than that is no difference.",
+            f"The last row is FP32 with seed {floor['seed']}: noise alone moves FID by {moved:.2f}; less is no difference.",
             f"samples side by side, same noise in each column: {data['picture']}",
             f"store: {data['store']} (fqdiff store ls); {duration(data['seconds'])} in all",
         ]

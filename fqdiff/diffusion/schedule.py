@@ -14,6 +14,7 @@ from torch import Tensor
 from fqdiff.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine")
+PREDICTIONS = ("eps", "v")  # what a network's output may stand for: the noise, or the velocity
 
 
 @dataclass(frozen=True)
@@ -76,3 +77,16 @@ def noise_from_velocity(schedule: NoiseSchedule, x_t: Tensor, v: Tensor, t: Tens
     """The noise that velocity ``v`` stands for: sqrt(1 - abar) * x_t + sqrt(abar) * v."""
     a, s = signal_and_noise_scale(schedule, t, x_t)
     return s * x_t + a * v
+
+
+def regression_target(
+    schedule: NoiseSchedule, prediction: str, images: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a network output should be, and the factor w with noise - eps_pred = w * (target - output).
+
+    ``eps``: the noise itself, w = 1. ``v``: the velocity, w = sqrt(abar). Going through eps_pred instead would lose all
+    digits near t = T, where w is below float32's resolution of the noise.
+    """
+    if prediction == "eps":
+        return noise, torch.ones_like(noise[..., :1, :1, :1])
+    return velocity(schedule, images, noise, t), signal_and_noise_scale(schedule, t, images)[0]

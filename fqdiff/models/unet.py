@@ -75,8 +75,10 @@ class SinusoidalTable(nn.Module):
 
     def __init__(self, num_train_timesteps: int, channels: int) -> None:
         super().__init__()
-        t = torch.arange(num_train_timesteps, dtype=torch.float64)
-        frequency = torch.exp(torch.arange(0, channels, 2, dtype=torch.float64) * (-math.log(10_000) / channels))
+        # Named as CPU tensors: the table has to be real even in a network that is built without weights, on "meta".
+        t = torch.arange(num_train_timesteps, dtype=torch.float64, device="cpu")
+        pairs = torch.arange(0, channels, 2, dtype=torch.float64, device="cpu")
+        frequency = torch.exp(pairs * (-math.log(10_000) / channels))
         angle = t[:, None] * frequency
         table = torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(num_train_timesteps, -1)
         self.register_buffer("table", table.float(), persistent=False)

@@ -17,15 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fqdiff.configs import FisherConfig
 from fqdiff.context import Context
-from fqdiff.diffusion.schedule import NoiseSchedule, add_noise
+from fqdiff.diffusion.schedule import add_noise, regression_target
 from fqdiff.errors import ConfigError, NumericalError
 from fqdiff.evidence.features import to_unit_range
 from fqdiff.models.registry import output_axes, parameter_blocks
 from fqdiff.rng import generator
-from fqdiff.values import Checkpoint, Dataset, FisherEntry, FisherTable, ModelSpec, output_to_noise
+from fqdiff.values import Checkpoint, Dataset, FisherEntry, FisherTable, ModelSpec
 
 CHUNK = 16  # samples whose gradients are held at once
-PerSampleGradients = Callable[[Tensor, Tensor, Tensor], Mapping[str, Tensor]]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, t, target, weight: noise - eps_pred = weight * (target - output)
+PerSampleGradients = Callable[[Tensor, Tensor, Tensor, Tensor], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,19 @@ def evenly_spaced_timesteps(num_train_timesteps: int, count: int) -> Tensor:
     return torch.linspace(0, num_train_timesteps - 1, count, dtype=torch.float64).round().long()
 
 
-def per_sample_gradients(spec: ModelSpec, network: nn.Module) -> PerSampleGradients:
-    """A function of (x_t [B, C, H, W], t [B], noise) to the gradients of each sample's l, keyed by parameter name, [B, ...]."""
-    to_noise = output_to_noise(spec)
+def per_sample_gradients(network: nn.Module) -> PerSampleGradients:
+    """A function of a batch of B samples to the gradients of each one's l, keyed by parameter name, [B, ...]."""
     parameters = {name: p.detach() for name, p in network.named_parameters()}
 
-    def loss(weights: dict[str, Tensor], x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        x_t, t = x_t[None], t[None]
-        eps_pred = to_noise(functional_call(network, weights, (x_t, t)), x_t, t)
-        return 0.5 * (noise[None] - eps_pred).square().sum()
+    def loss(weights: dict[str, Tensor], x_t: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        output: Tensor = functional_call(network, weights, (x_t[None], t[None]))[0]
+        return 0.5 * (weight * (target - output)).square().sum()
 
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0))
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))
 
-    def call(x_t: Tensor, t: Tensor, noise: Tensor) -> Mapping[str, Tensor]:
+    def call(x_t: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> Mapping[str, Tensor]:
         with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel and would loop over the samples
-            result: Mapping[str, Tensor] = gradients(parameters, x_t, t, noise)
+            result: Mapping[str, Tensor] = gradients(parameters, x_t, t, target, weight)
         return result
 
     return call
@@ -75,16 +74,15 @@ def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed:
     """
     spec = checkpoint.spec
     network = checkpoint.network().to(context.device)
-    schedule = spec.noise_schedule()
-    timesteps = evenly_spaced_timesteps(schedule.num_train_timesteps, config.timesteps)
-    gradients = per_sample_gradients(spec, network)
+    timesteps = evenly_spaced_timesteps(spec.noise_schedule().num_train_timesteps, config.timesteps)
+    gradients = per_sample_gradients(network)
     axes, blocks = output_axes(network), parameter_blocks(network)
     collected: dict[str, list[Reduced]] = {name: [] for name in blocks}
     group = max(1, CHUNK // config.samples)
     images = dataset.train
     with context.progress(len(timesteps), "fisher", "timestep") as bar:
         for piece in timesteps.split(group):
-            batch = draw_batch(images, schedule, piece.tolist(), config.samples, seed)
+            batch = draw_batch(images, spec, piece.tolist(), config.samples, seed)
             reduced = reduce_gradients(gradients, batch, len(piece), config.samples, axes, context.device)
             for name, rows in collected.items():
                 if name not in reduced:
@@ -98,10 +96,9 @@ def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed:
     return FisherTable(config.kind, timesteps, config.samples, entries)
 
 
-def draw_batch(
-    images: Tensor, schedule: NoiseSchedule, timesteps: list[int], samples: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t, t and noise of ``samples`` samples at each of ``timesteps``, timestep by timestep: [B, C, H, W], [B], [B, ...]."""
+def draw_batch(images: Tensor, spec: ModelSpec, timesteps: list[int], samples: int, seed: int) -> Batch:
+    """``samples`` samples at each of ``timesteps``, timestep by timestep."""
+    schedule = spec.noise_schedule()
     chosen, noise = [], []
     for t in timesteps:
         for n in range(samples):
@@ -109,13 +106,14 @@ def draw_batch(
             chosen.append(int(torch.randint(len(images), (), generator=draw)))
             noise.append(torch.randn(images.shape[1:], generator=draw))
     t_all = torch.tensor(timesteps).repeat_interleave(samples)
-    noise_all = torch.stack(noise)
-    return add_noise(schedule, to_unit_range(images[chosen]), noise_all, t_all), t_all, noise_all
+    x_0, noise_all = to_unit_range(images[chosen]), torch.stack(noise)
+    target, weight = regression_target(schedule, spec.prediction, x_0, noise_all, t_all)
+    return add_noise(schedule, x_0, noise_all, t_all), t_all, target, weight
 
 
 def reduce_gradients(
     gradients: PerSampleGradients,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: Batch,
     groups: int,
     samples: int,
     axes: Mapping[str, int],
@@ -126,8 +124,7 @@ def reduce_gradients(
     diagonal: dict[str, Tensor] = {}  # [G, *shape]: sum of squares over samples
     per_sample: dict[str, list[Tensor]] = {}  # [B]: mean square of each sample
     for part in torch.arange(groups * samples).split(CHUNK):
-        x_t, t, noise = (values[part].to(device) for values in batch)
-        for name, gradient in gradients(x_t, t, noise).items():
+        for name, gradient in gradients(*(values[part].to(device) for values in batch)).items():
             square = gradient.double().square()
             if name not in diagonal:
                 diagonal[name] = torch.zeros(groups, *square.shape[1:], dtype=torch.float64, device=device)

@@ -17,7 +17,7 @@ from fqdiff import distributed
 from fqdiff.configs import TrainConfig
 from fqdiff.context import Context, Part
 from fqdiff.diffusion.samplers import ddim
-from fqdiff.diffusion.schedule import NoiseSchedule, add_noise, velocity
+from fqdiff.diffusion.schedule import NoiseSchedule, add_noise, regression_target
 from fqdiff.errors import ConfigError, DataError, NumericalError
 from fqdiff.evidence.features import to_uint8, to_unit_range
 from fqdiff.models.registry import build
@@ -114,7 +114,7 @@ def train_step(
     noise = torch.randn(len(chosen), *images.shape[1:], generator=draw)[mine].to(images.device)
     x_0 = to_unit_range(images[chosen[mine].to(images.device)])
     x_t = add_noise(schedule, x_0, noise, t).contiguous(memory_format=torch.channels_last)
-    target = velocity(schedule, x_0, noise, t) if config.prediction == "v" else noise
+    target, _ = regression_target(schedule, config.prediction, x_0, noise, t)
 
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
@@ -129,12 +129,12 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm or math.inf)
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
         raise NumericalError(
-            f"loss {float(loss):g}, gradient norm {float(norm):g} at step {state.step}",
+            f"loss {loss.item():g}, gradient norm {norm.item():g} at step {state.step}",
             "the last good state is kept; lower --learning-rate, or lengthen --warmup",
         )
     state.optimizer.step()
     state.average.update_parameters(state.network)
-    state.loss[state.step] = float(loss)
+    state.loss[state.step] = distributed.mean(loss.detach()).item()
     state.step += 1
 
 

@@ -6,16 +6,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fqdiff.errors import ArtifactCorrupt, FqdiffError
-from fqdiff.quant.container import metadata, part_name
+from fqdiff.errors import ArtifactCorrupt
+from fqdiff.evidence.digits import DigitClassifier
+from fqdiff.models.registry import build, unet_config
+from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
-from fqdiff.quant.packed import PackedTensor, part_layout
-from fqdiff.store.files import read_json, read_tensors, write_tensors
+from fqdiff.quant.packed import PackedTensor, part_layout, stored_bytes
+from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
+from fqdiff.store.files import MAKE_AGAIN, parse_json, plain_size, read_json, read_tensors, readable, write_tensors
 from fqdiff.values import (
     Checkpoint,
     ClassifierWeights,
@@ -29,12 +33,14 @@ from fqdiff.values import (
     QuantizedCheckpoint,
     SampleSet,
     model_description,
+    predict_noise,
 )
 from fqdiff.viz.grids import image_grid, png
 from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
-FISHER_ROW_LIMIT = 50_000_000
+LABEL_LIMIT = 65_536
+TIME_TABLE_LIMIT = 2**23  # a network without weights still holds a table of timesteps x channels; the paper's has 2**19
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Codec:
 
 def _expect(condition: bool, path: Path, message: str) -> None:
     if not condition:
-        raise ArtifactCorrupt(f"{path}: {message}", "remove the artifact and make it again")
+        raise ArtifactCorrupt(f"{path}: {message}", MAKE_AGAIN)
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -56,10 +62,18 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _take(tensors: Mapping[str, Tensor], path: Path, name: str, dtype: torch.dtype, ndim: int) -> Tensor:
     found = tensors.get(name)
-    if found is None or found.dtype != dtype or found.ndim != ndim:
-        got = "nothing" if found is None else f"{found.dtype} of {found.ndim} axes"
-        raise ArtifactCorrupt(f"{path}: '{name}' is {got}, not {dtype} of {ndim} axes", "remove the artifact")
+    if found is None or found.dtype != dtype or found.ndim != ndim or not found.numel():
+        got = "missing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        raise ArtifactCorrupt(f"{path}: '{name}' is {got}; it should be {dtype} of {ndim} axes", MAKE_AGAIN)
     return found
+
+
+def _check_parameters(network: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless ``network``, which may be on the meta device, has parameters of just these shapes."""
+    wanted = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    wrong = sorted(n for n in wanted.keys() | shapes.keys() if wanted.get(n) != shapes.get(n))
+    if wrong:
+        raise ValueError(f"tensors do not fit the architecture: {', '.join(wrong[:3])}")
 
 
 # --- dataset ---------------------------------------------------------------------------------------------------------
@@ -81,18 +95,29 @@ def load_dataset(directory: Path) -> Dataset:
     labels = _take(tensors, path, "labels", torch.int64, 1) if "labels" in tensors else None
     lengths = {len(t) for t in (images, held_out, origin, *([labels] if labels is not None else []))}
     _expect(len(lengths) == 1, path, f"tensors of different lengths {sorted(lengths)}")
-    return Dataset(str(meta.get("name", "?")), images, labels, held_out, origin)
+    _expect(not held_out.all(), path, "it has no training image")
+    _expect(labels is None or 0 <= int(labels.min()) <= int(labels.max()) < LABEL_LIMIT, path, "labels out of range")
+    with readable(path, "a data set"):
+        return Dataset(text(meta["name"]), images, labels, held_out, origin)
 
 
 # --- checkpoint ------------------------------------------------------------------------------------------------------
 
 
-def _model_spec(meta: Mapping[str, Any], path: Path) -> ModelSpec:
-    model = meta.get("model")
-    fields = ("architecture", "schedule", "prediction")
-    if not isinstance(model, dict) or sorted(model) != sorted(fields) or not isinstance(model["architecture"], dict):
-        raise ArtifactCorrupt(f"{path} does not say what model it holds", "it was not written by fqdiff")
-    return ModelSpec(model["architecture"], str(model["schedule"]), str(model["prediction"]))
+def _model_spec(meta: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+    """The model that a file's metadata describes, which can be built, and whose parameters have ``shapes``."""
+    if meta["schema"] != SCHEMA:
+        raise ValueError(f"schema {str(meta['schema'])[:20]}; this fqdiff reads schema {SCHEMA}")
+    model = mapping(meta["model"])
+    spec = ModelSpec(mapping(model["architecture"]), text(model["schedule"]), text(model["prediction"]))
+    config = unet_config(spec.architecture)
+    if config.num_train_timesteps * max(config.time_channels, *config.channels) > TIME_TABLE_LIMIT:
+        raise ValueError(f"{config.num_train_timesteps} timesteps for channels {config.channels}")
+    network = build(spec.architecture, "meta")
+    _check_parameters(network, shapes)
+    # Used once, so that a setting that is missing or unknown shows here.
+    _ = spec.image_shape, spec.noise_schedule(), predict_noise(spec, network)
+    return spec
 
 
 def save_checkpoint(value: Checkpoint, directory: Path) -> None:
@@ -106,12 +131,15 @@ def save_checkpoint(value: Checkpoint, directory: Path) -> None:
 def load_checkpoint(directory: Path) -> Checkpoint:
     path = directory / "model.safetensors"
     tensors, meta = read_tensors(path)
+    with readable(path, "a checkpoint"):
+        spec = _model_spec(meta, {name: tuple(t.shape) for name, t in tensors.items()})
     for name in tensors:
         _take(tensors, path, name, torch.float32, tensors[name].ndim)
-    history, _ = read_tensors(directory / "history.safetensors")
-    loss = _take(history, directory / "history.safetensors", "loss", torch.float32, 1)
-    preview = _take(history, directory / "history.safetensors", "preview", torch.uint8, 4)
-    return Checkpoint(_model_spec(meta, path), tensors, loss, preview)
+    path = directory / "history.safetensors"
+    history, _ = read_tensors(path)
+    preview = _take(history, path, "preview", torch.uint8, 4)
+    _expect(preview.shape[1:] == spec.image_shape, path, f"previews of shape {tuple(preview.shape)}")
+    return Checkpoint(spec, tensors, _take(history, path, "loss", torch.float32, 1), preview)
 
 
 # --- fisher ----------------------------------------------------------------------------------------------------------
@@ -167,40 +195,69 @@ def save_fisher(value: FisherTable, directory: Path) -> None:
 
 def load_fisher(directory: Path) -> FisherTable:
     path = directory / "fisher.parquet"
-    try:
-        file = pq.ParquetFile(path, memory_map=False)
-        _expect(file.schema_arrow.equals(FISHER_SCHEMA), path, "its columns are not a Fisher table's")
-        _expect(0 < file.metadata.num_rows <= FISHER_ROW_LIMIT, path, f"{file.metadata.num_rows} rows")
-        declared = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        _expect(declared < 1000 * path.stat().st_size, path, f"claims to unpack to {declared} bytes")
-        kind = json.loads((file.metadata.metadata or {})[b"fqdiff"])["kind"]
-        table = file.read()
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactCorrupt(f"{path} cannot be read as a Fisher table: {error}", "remove the artifact") from None
-    names = table["tensor"].to_pylist()
-    order = list(dict.fromkeys(names))
-    count = len(names) // len(order)
-    timesteps = torch.tensor(table["timestep"].to_pylist()[:count], dtype=torch.int64)
-    _expect(names == [n for n in order for _ in range(count)], path, "its rows are not sorted by tensor and timestep")
-    _expect(
-        table["timestep"].to_pylist() == timesteps.tolist() * len(order), path, "its timesteps differ between tensors"
-    )
-    _expect(all(column.null_count == 0 for column in table.columns), path, "it holds empty cells")
-    numbers = {key: torch.tensor(table[key].to_numpy()) for key in ("mean", "standard_error", "max")}
+    size = plain_size(path)
+    with readable(path, "a Fisher table"):
+        # As dictionaries, names take the space that they take in the file, however many rows repeat them.
+        file = pq.ParquetFile(path, memory_map=False, read_dictionary=["tensor", "block"])
+        _check_unpacked_size(file.metadata, size)
+        kind = text(mapping(parse_json(file.metadata.metadata[b"fqdiff"]))["kind"])
+        return _fisher_table(kind, file.read())
+
+
+def _check_unpacked_size(facts: pq.FileMetaData, size: int) -> None:
+    """Raise ValueError for a file of ``size`` bytes that would take many times as much memory.
+
+    Real tables hardly shrink: nearly all of their cells are measured numbers, whose bits look random.
+    """
+    groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+    cells = [group.column(i).num_values for group in groups for i in range(group.num_columns)]
+    unpacked = [group.total_byte_size for group in groups]
+    if min([0, *cells, *unpacked]) < 0 or sum(cells) > max(size, 2**24) or sum(unpacked) > max(8 * size, 2**27):
+        raise ValueError(f"{size} bytes that unpack to {sum(cells)} cells of {sum(unpacked)} bytes")
+
+
+def _fisher_table(kind: str, table: pa.Table) -> FisherTable:
+    """The value in ``table``, whose names are dictionaries. Raises ValueError where it is not what :func:`save_fisher` wrote."""
+    plain = table.schema.set(2, FISHER_SCHEMA.field("tensor")).set(3, FISHER_SCHEMA.field("block"))
+    if not plain.equals(FISHER_SCHEMA) or not table.num_rows or any(c.null_count for c in table.columns):
+        raise ValueError("it has other columns, no rows, or empty cells")
+    names, blocks = (table[key].unify_dictionaries().combine_chunks() for key in ("tensor", "block"))
+    tensor = names.indices.to_numpy()
+    starts = np.flatnonzero(np.diff(tensor, prepend=-1))
+    steps = table.num_rows // len(starts)
+
+    def rows(values: Any) -> Any:
+        """[tensors, timesteps]: one row of numbers for each tensor."""
+        return np.asarray(values).reshape(len(starts), steps)
+
+    per_tensor = {key: rows(table[key]) for key in ("tensor_id", "n_samples", "numel")} | {
+        "block": rows(blocks.indices)
+    }
+    if (rows(tensor) != tensor[starts, None]).any() or any((v != v[:, :1]).any() for v in per_tensor.values()):
+        raise ValueError("its rows are not sorted by tensor")
+    timesteps = rows(table["timestep"])
+    if (timesteps != timesteps[0]).any() or (np.diff(timesteps[0], prepend=-1) <= 0).any():
+        raise ValueError("its timesteps do not rise, or differ between tensors")
+    samples = per_tensor["n_samples"]
+    if (samples != samples[0, 0]).any() or samples[0, 0] < 1 or (per_tensor["numel"] < 1).any():
+        raise ValueError("its counts are not positive, or differ between tensors")
+    numbers = {key: torch.tensor(rows(table[key])) for key in ("mean", "standard_error", "max")}
+    order = [text(names.dictionary[int(tensor[start])].as_py()) for start in starts]
+    if len(set(order)) < len(order):
+        raise ValueError("a tensor appears twice")
     entries = {}
     for i, name in enumerate(order):
-        rows = slice(i * count, (i + 1) * count)
-        channel = table["channel"][i * count : (i + 1) * count].to_pylist()
-        _expect(len({len(c) for c in channel}) == 1, path, f"channels of '{name}' differ in number")
-        entries[name] = FisherEntry(
-            block=table["block"][i * count].as_py(),
-            numel=table["numel"][i * count].as_py(),
-            mean=numbers["mean"][rows],
-            standard_error=numbers["standard_error"][rows],
-            maximum=numbers["max"][rows],
-            channel=torch.tensor(channel, dtype=torch.float64),
-        )
-    return FisherTable(str(kind), timesteps, table["n_samples"][0].as_py(), entries)
+        cells = table["channel"].slice(i * steps, steps).combine_chunks()
+        channels = int(cells.value_lengths()[0].as_py())
+        if cells.flatten().null_count or not channels or (np.asarray(cells.value_lengths()) != channels).any():
+            raise ValueError(f"channels of '{name}' differ in number, or are missing")
+        channel = torch.tensor(np.asarray(cells.flatten())).double().view(steps, channels)
+        values = [numbers[key][i] for key in ("mean", "standard_error", "max")] + [channel]
+        if not all(torch.isfinite(v).all() and (v >= 0).all() for v in values):
+            raise ValueError(f"a value of '{name}' is negative or not finite")
+        block = text(blocks.dictionary[int(per_tensor["block"][i, 0])].as_py())
+        entries[name] = FisherEntry(block, int(per_tensor["numel"][i, 0]), *values)
+    return FisherTable(kind, torch.tensor(timesteps[0]).long(), int(samples[0, 0]), entries)
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -216,24 +273,25 @@ def save_plan(value: Plan, directory: Path) -> None:
 
 def load_plan(directory: Path) -> Plan:
     path = directory / "plan.json"
-    data = read_json(path)
-    try:
-        entries = tuple(_plan_entry(e) for e in data["entries"])
-        return Plan(str(data["strategy"]), entries, int(data["totals"]["file_bytes"]))
-    except FqdiffError as error:
-        raise ArtifactCorrupt(f"{path}: {error.message}", "it was edited by hand; make the plan again") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactCorrupt(f"{path} is not a plan: {error}", "make the plan again") from None
+    with readable(path, "a plan"):
+        data = mapping(read_json(path))
+        if data["schema"] != 1:
+            raise ValueError(f"schema {str(data['schema'])[:20]}; this fqdiff reads schema 1")
+        entries = tuple(_plan_entry(e) for e in items(data["entries"]))
+        value = Plan(text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]))
+        if not entries or len({e.parameter for e in entries}) < len(entries):
+            raise ValueError("it has no entries, or several for one parameter")
+        if value.file_bytes < sum(e.bytes for e in entries):
+            raise ValueError(f"its file of {value.file_bytes} bytes is smaller than its entries")
+        return value
 
 
-def _plan_entry(data: Mapping[str, Any]) -> PlanEntry:
-    shape = tuple(data["shape"])
-    if not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"shape {shape} of {data['parameter']}")
-    fields = {**data, "shape": shape}
-    get_format(fields["format"])
-    parse_granularity(fields["granularity"])
-    return PlanEntry(**fields)
+def _plan_entry(data: Any) -> PlanEntry:
+    entry = record(PlanEntry, data)
+    size = stored_bytes(entry.shape, get_format(entry.format), parse_granularity(entry.granularity))
+    if entry.bytes != size:
+        raise ValueError(f"'{entry.parameter}' takes {size} bytes, not {entry.bytes}")
+    return entry
 
 
 # --- quantized -------------------------------------------------------------------------------------------------------
@@ -248,22 +306,27 @@ def save_quantized(value: QuantizedCheckpoint, directory: Path) -> None:
 def load_quantized(directory: Path) -> QuantizedCheckpoint:
     path = directory / "model.safetensors"
     tensors, meta = read_tensors(path)
-    remaining = dict(tensors)
-    packed: dict[str, PackedTensor] = {}
-    try:
-        for name, facts in dict(meta.get("quantized", {})).items():
-            fmt, granularity = get_format(facts["format"]), parse_granularity(facts["granularity"])
-            shape = tuple(int(n) for n in facts["shape"])
-            parts = {part: remaining.pop(part_name(name, part)) for part in part_layout(shape, fmt, granularity)}
-            packed[name] = PackedTensor(fmt, granularity, shape, parts)
-    except (FqdiffError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactCorrupt(f"{path}: its description does not fit its tensors: {error}", "quantize again") from None
-    casts = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    for name, tensor in remaining.items():
-        fmt_name = next((n for n, dtype in casts.items() if dtype == tensor.dtype), None)
-        _expect(fmt_name is not None, path, f"'{name}' is {tensor.dtype}, which no format uses")
-        packed[name] = PackedTensor(get_format(str(fmt_name)), PerTensor(), tuple(tensor.shape), {"data": tensor})
-    return QuantizedCheckpoint(_model_spec(meta, path), packed)
+    with readable(path, "a quantized model"):
+        packed = {name: _packed_tensor(name, facts, tensors) for name, facts in mapping(meta["quantized"]).items()}
+        casts = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+        for name, tensor in tensors.items():
+            if tensor.dtype not in casts or name in packed:
+                raise ValueError(f"'{name}' is {tensor.dtype}, and no format says how to read it")
+            fmt = get_format(casts[tensor.dtype])
+            packed[name] = PackedTensor(fmt, PerTensor(), tuple(tensor.shape), {"data": tensor})
+        return QuantizedCheckpoint(_model_spec(meta, {name: p.shape for name, p in packed.items()}), packed)
+
+
+def _packed_tensor(name: str, facts: Any, tensors: dict[str, Tensor]) -> PackedTensor:
+    """The integer tensor that ``facts`` describe; its parts are taken out of ``tensors``."""
+    given = mapping(facts)
+    fmt, granularity = get_format(text(given["format"])), parse_granularity(text(given["granularity"]))
+    shape = tensor_shape(given["shape"])
+    layout = part_layout(shape, fmt, granularity)
+    parts = {part: tensors.pop(part_name(name, part)) for part in layout}
+    if not fmt.is_integer or {part: (t.dtype, tuple(t.shape)) for part, t in parts.items()} != layout:
+        raise ValueError(f"the stored parts of '{name}' are not those of {fmt.name} of shape {shape}")
+    return PackedTensor(fmt, granularity, shape, parts)
 
 
 # --- samples, features, metrics --------------------------------------------------------------------------------------
@@ -293,19 +356,18 @@ def save_features(value: ClassifierWeights, directory: Path) -> None:
 def load_features(directory: Path) -> ClassifierWeights:
     path = directory / "classifier.safetensors"
     tensors, facts = read_tensors(path)
-    try:
-        channels, height, width = (int(n) for n in facts["image_shape"])
-        shape = (channels, height, width)
-        return ClassifierWeights(
-            str(facts["dataset"]),
-            int(facts["classes"]),
-            shape,
-            tensors,
-            float(facts["accuracy"]),
-            float(facts["confidence"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactCorrupt(f"{path} is not a classifier: {error}", "remove the artifact and make it again") from None
+    with readable(path, "a classifier"):
+        channels, size, width = (count(n) for n in items(facts["image_shape"]))
+        classes = count(facts["classes"])
+        if size != width or not 0 < classes <= LABEL_LIMIT:
+            raise ValueError(f"images of {size} x {width} pixels in {classes} classes")
+        for name in tensors:
+            _take(tensors, path, name, torch.float32, tensors[name].ndim)
+        with torch.device("meta"):
+            network = DigitClassifier(channels, size, classes)
+        _check_parameters(network, {name: tuple(t.shape) for name, t in tensors.items()})
+        shares = number(facts["accuracy"]), number(facts["confidence"])
+        return ClassifierWeights(text(facts["dataset"]), classes, (channels, size, width), tensors, *shares)
 
 
 def save_metrics(value: FidResult, directory: Path) -> None:
@@ -314,14 +376,8 @@ def save_metrics(value: FidResult, directory: Path) -> None:
 
 def load_metrics(directory: Path) -> FidResult:
     path = directory / "metrics.json"
-    try:
-        data = dict(read_json(path))
-        if data["interval"] is not None:
-            low, high = data["interval"]
-            data["interval"] = (float(low), float(high))
-        return FidResult(**data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactCorrupt(f"{path} is not a FID result: {error}", "remove the artifact and make it again") from None
+    with readable(path, "a FID result"):
+        return record(FidResult, read_json(path))
 
 
 CODECS: Mapping[str, Codec] = {

@@ -5,15 +5,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from fqdiff.errors import ArtifactCorrupt
+from fqdiff.errors import ArtifactCorrupt, ConfigError
+from fqdiff.store.fields import count, items, mapping, number, record, text
+from fqdiff.store.files import readable
 
 SCHEMA = 1
 KINDS = ("dataset", "checkpoint", "fisher", "plan", "quantized", "samples", "features", "metrics")
 ID_LENGTH = 16
 ID_PATTERN = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")
+FILE_NAME_LIMIT = 100
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,12 @@ class Recipe:
 
     @property
     def id(self) -> str:
-        """The first 16 hex digits of the sha256 of the recipe as canonical JSON."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:ID_LENGTH]
+        """The first 16 hex digits of the sha256 of the recipe as canonical JSON. Raises ConfigError for NaN and infinity."""
+        try:
+            canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        except ValueError:
+            raise ConfigError(f"a setting of {self.stage} is NaN or infinite", "use finite numbers") from None
+        return hashlib.sha256(canonical.encode()).hexdigest()[:ID_LENGTH]
 
 
 @dataclass(frozen=True)
@@ -85,72 +92,52 @@ def to_json(manifest: Manifest) -> str:
     return json.dumps({"schema": SCHEMA, **asdict(manifest)}, indent=1) + "\n"
 
 
-def recipe_from_json(data: Any, where: str) -> Recipe:
+def recipe_from_json(data: Any, where: Path) -> Recipe:
     """The recipe in ``data``, every field checked. Raises ArtifactCorrupt."""
-    try:
-        inputs = tuple(Input(_text(i["role"]), _text(i["kind"]), _text(i["id"])) for i in _list(data["inputs"]))
+    with readable(where, "a recipe", _delete(where)):
+        given = mapping(data)
         return Recipe(
-            _text(data["kind"]),
-            _text(data["stage"]),
-            _count(data["schema"]),
-            inputs,
-            _mapping(data["config"]),
-            _count(data["seed"]),
+            text(given["kind"]),
+            text(given["stage"]),
+            count(given["schema"]),
+            tuple(record(Input, i) for i in items(given["inputs"])),
+            mapping(given["config"]),
+            count(given["seed"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactCorrupt(f"{where} holds no recipe: {error}", "remove the artifact and make it again") from None
 
 
-def from_json(data: Any, where: str) -> Manifest:
+def from_json(data: Any, where: Path) -> Manifest:
     """The manifest in ``data``, every field checked: it may come from a stranger. Raises ArtifactCorrupt."""
-    try:
-        if data["schema"] != SCHEMA:
-            raise ArtifactCorrupt(f"{where} has schema {data['schema']!r}", f"this fqdiff reads schema {SCHEMA}")
-        recipe = recipe_from_json(data["recipe"], where)
-        files = tuple(
-            FileRecord(_text(f["name"]), _count(f["bytes"]), _text(f["sha256"])) for f in _list(data["files"])
-        )
+    with readable(where, "a manifest", _delete(where)):
+        given = mapping(data)
+        if given["schema"] != SCHEMA:
+            raise ArtifactCorrupt(
+                f"{where} has schema {str(given['schema'])[:20]}", f"this fqdiff reads schema {SCHEMA}"
+            )
         manifest = Manifest(
-            recipe,
-            _text(data["id"]),
-            _text(data["created"]),
-            _text(data["command"]),
-            files,
-            _mapping(data["environment"]),
-            float(data["seconds"]),
-            _count(data["peak_memory"]),
+            recipe_from_json(given["recipe"], where),
+            text(given["id"]),
+            text(given["created"]),
+            text(given["command"]),
+            tuple(record(FileRecord, f) for f in items(given["files"])),
+            mapping(given["environment"]),
+            number(given["seconds"]),
+            count(given["peak_memory"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactCorrupt(f"{where} is not a manifest: {error}", "remove the artifact and make it again") from None
-    if manifest.kind not in KINDS or not ID_PATTERN.fullmatch(manifest.id):
-        raise ArtifactCorrupt(f"{where} names kind {manifest.kind!r}, id {manifest.id!r}", "remove the artifact")
-    for record in files:
-        if not FILE_PATTERN.fullmatch(record.name) or record.name == "manifest.json":
-            raise ArtifactCorrupt(f"{where} lists a file {record.name!r}", "names are plain, without folders")
-    if recipe.id != manifest.id:
-        raise ArtifactCorrupt(f"{where} was edited: its recipe has id {recipe.id}, not {manifest.id}", "make it again")
+        if manifest.kind not in KINDS or not ID_PATTERN.fullmatch(manifest.id):
+            raise ValueError(f"kind {manifest.kind!r}, id {manifest.id!r}")
+        names = [f.name for f in manifest.files]
+        for name in names:
+            if not FILE_PATTERN.fullmatch(name) or name == "manifest.json" or len(name) > FILE_NAME_LIMIT:
+                raise ValueError(f"it lists a file {name!r}, and names are plain, without folders")
+        if len(set(names)) < len(names):
+            raise ValueError("it lists a file twice")
+        if manifest.recipe.id != manifest.id:
+            raise ArtifactCorrupt(
+                f"{where} was edited: its recipe has id {manifest.recipe.id}, not {manifest.id}", _delete(where)
+            )
     return manifest
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 10_000:
-        raise TypeError(f"{str(value)[:50]!r} is no text")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{str(value)[:50]!r} is no count")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{str(value)[:50]!r} is no list")
-    return value
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{str(value)[:50]!r} is no table")
-    return value
+def _delete(where: Path) -> str:
+    return f"delete the folder {where.parent}, and make it again"

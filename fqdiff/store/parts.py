@@ -14,6 +14,7 @@ from fqdiff.store.manifest import Recipe, recipe_from_json
 from fqdiff.store.store import Store
 
 RECIPE = "recipe.json"
+START_OVER = "start over with --force"
 
 
 class StoredParts:
@@ -29,11 +30,11 @@ class StoredParts:
     def load(self, name: str) -> Part | None:
         """The part last saved under ``name``. Raises ArtifactCorrupt where its digest does not fit."""
         path = self._path(name)
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             return None
-        tensors, metadata = read_tensors(path)
-        if metadata.get("digest") != tensor_digest(tensors):
-            raise ArtifactCorrupt(f"the partial result {path} is damaged", "start over with --force")
+        tensors, metadata = read_tensors(path, START_OVER)
+        if metadata.get("digest") != tensor_digest(tensors) or not isinstance(metadata.get("data"), dict):
+            raise ArtifactCorrupt(f"the partial result {path} is damaged", START_OVER)
         return Part(tensors, metadata["data"])
 
     def save(self, name: str, part: Part) -> None:
@@ -49,10 +50,13 @@ class StoredParts:
 
 def last_unfinished(store: Store, kind: str) -> Recipe | None:
     """The recipe of the unfinished artifact of ``kind`` whose part was saved last; None where all are finished."""
-    folders = (store.root / "parts" / kind).glob("*")
-    saved = [(part.stat().st_mtime, part.parent) for folder in folders for part in folder.glob("*.safetensors")]
+    folders = store.inside("parts", kind).glob("*")
+    saved = [(part.lstat().st_mtime, part.parent) for folder in folders for part in folder.glob("*.safetensors")]
     for _, folder in sorted(saved, reverse=True):
-        recipe = recipe_from_json(read_json(folder / RECIPE), str(folder / RECIPE))
+        path = store.inside("parts", kind, folder.name) / RECIPE
+        recipe = recipe_from_json(read_json(path), path)
+        if (recipe.kind, recipe.id) != (kind, folder.name):
+            raise ArtifactCorrupt(f"{path} belongs to {recipe.kind} {recipe.id}", f"delete the folder {folder}")
         if store.find(kind, recipe.id) is None:
             return recipe
     return None

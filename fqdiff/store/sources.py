@@ -9,6 +9,7 @@ import importlib.util
 import os
 import socket
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fqdiff.configs import DatasetConfig
@@ -29,6 +30,8 @@ from fqdiff.values import Dataset
 PIXEL_LIMIT = 2**33
 HELD_OUT_SHARE = 0.2
 DOWNLOAD_TIMEOUT = 20.0
+# Pillow's modes and what they become. Modes of more than 8 bits are missing: their range is anyone's guess.
+CONVERTED = {m: m for m in ("L", "LA", "RGB", "RGBA")} | {"1": "L"} | dict.fromkeys(("P", "CMYK", "YCbCr"), "RGB")
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -138,6 +141,10 @@ def idx_source(name: str, folder: str, class_name: str) -> Source:
 
     def load(size: int) -> tuple[Tensor, Tensor | None, Tensor]:
         train, train_labels, test, test_labels = (parse_idx(c, n) for c, n in zip(contents, names, strict=True))
+        for images, labels in ((train, train_labels), (test, test_labels)):
+            if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or not len(images):
+                got = f"images {tuple(images.shape)} with labels {tuple(labels.shape)}"
+                raise DataError(f"{raw} holds {got}", "these are no MNIST files; download the four IDX files again")
         images = torch.cat([train, test])[:, None]
         held_out = torch.arange(len(images)) >= len(train)
         return resized(images, size), torch.cat([train_labels, test_labels]).long(), held_out
@@ -158,7 +165,7 @@ def _idx_bytes(path: Path | None, name: str, raw: Path) -> bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(limit + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}", "download it again") from None
     if len(content) > limit:
         raise DataError(f"{path} holds more than {limit} bytes", "it is no MNIST file")
@@ -208,8 +215,11 @@ def cifar10_source() -> Source:
 
     def load(size: int) -> tuple[Tensor, Tensor | None, Tensor]:
         names = [f"data_batch_{k}.bin" for k in (1, 2, 3, 4, 5)] + ["test_batch.bin"]
-        with tarfile.open(path) as archive:
-            batches = [_cifar_batch(archive, name) for name in names]
+        try:
+            with tarfile.open(path) as archive:
+                batches = [_cifar_batch(archive, name) for name in names]
+        except (OSError, EOFError, zlib.error, tarfile.TarError, KeyError) as error:
+            raise DataError(f"{path} cannot be read: {error}", "remove it and let it be fetched again") from None
         records = torch.cat(batches).view(-1, 3073)
         images = records[:, 1:].reshape(-1, 3, 32, 32)
         held_out = torch.arange(len(records)) >= sum(len(b) for b in batches[:-1]) // 3073
@@ -240,7 +250,9 @@ def folder_source(folder: Path) -> Source:
     def fingerprint() -> str:
         total = hashlib.sha256()
         for path in paths:
-            total.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+            total.update(
+                os.fsencode(path.relative_to(folder).as_posix()) + b"\0" + hashlib.sha256(path.read_bytes()).digest()
+            )
         return total.hexdigest()
 
     def load(size: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -260,11 +272,13 @@ def _read_image(path: Path, size: int) -> Tensor:
     """uint8 [C, size, size]: the central square, resized; palettes become RGB."""
     try:
         with Image.open(path) as opened:
-            image = opened.convert(
-                {"P": "RGB", "1": "L", "CMYK": "RGB", "I": "L", "F": "L"}.get(opened.mode, opened.mode)
-            )
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+            mode = CONVERTED.get(opened.mode)
+            image = opened.convert(mode) if mode else None
+            found = opened.mode
+    except Exception as error:  # Pillow's decoders raise many kinds: OSError, SyntaxError, struct.error
         raise DataError(f"{path} cannot be read as an image: {error}", "remove it, or convert it to PNG") from None
+    if image is None:
+        raise DataError(f"{path} is of mode {found}, which has no fixed range", "convert it to 8 bits per channel")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)

@@ -6,7 +6,6 @@ A directory is written under a temporary name, hashed, synced and renamed: an ar
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,20 @@ from pathlib import Path
 from filelock import FileLock
 
 from fqdiff.errors import AmbiguousRef, ArtifactCorrupt, ArtifactNotFound, ConfigError, LineageError
-from fqdiff.store.files import disk_error, read_json, sha256_of, sync, write_atomically
-from fqdiff.store.manifest import KINDS, FileRecord, Manifest, from_json, to_json
+from fqdiff.store.files import (
+    TEMPORARY,
+    disk_error,
+    plain_size,
+    read_json,
+    readable,
+    sha256_of,
+    sync,
+    temporary_path,
+    write_atomically,
+)
+from fqdiff.store.manifest import ID_PATTERN, KINDS, FileRecord, Manifest, from_json, to_json
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -31,26 +39,40 @@ class Store:
         """Where the artifact is, or would be."""
         return self.root / kind / artifact_id
 
+    def inside(self, *names: str) -> Path:
+        """The path of ``names`` under the root. Raises ArtifactCorrupt where one is a link: it may lead out of the store."""
+        path = self.root
+        for name in names:
+            path = path / name
+            try:
+                linked = path.is_symlink()
+            except OSError as error:
+                raise disk_error(error, f"cannot use {path}") from error
+            if linked:
+                raise ArtifactCorrupt(f"{path} is a link", "a store holds plain files and folders; remove the link")
+        return path
+
     def find(self, kind: str, artifact_id: str) -> Manifest | None:
         """The manifest of an artifact, or None where it is not there."""
-        path = self.directory(kind, artifact_id) / "manifest.json"
-        if not path.is_file():
+        if kind not in KINDS or not ID_PATTERN.fullmatch(artifact_id):
             return None
-        manifest = from_json(read_json(path), str(path))
+        path = self.inside(kind, artifact_id, "manifest.json")
+        if not path.exists():
+            return None
+        delete = f"delete the folder {path.parent}, and make it again"
+        manifest = from_json(read_json(path, delete), path)
         if (manifest.kind, manifest.id) != (kind, artifact_id):
-            raise ArtifactCorrupt(f"{path} belongs to {manifest.kind} {manifest.id}", "it was moved by hand; remove it")
+            raise ArtifactCorrupt(f"{path} belongs to {manifest.kind} {manifest.id}", delete)
         return manifest
 
     def manifests(self, kind: str | None = None) -> Iterator[Manifest]:
         """Every artifact (of ``kind``), oldest first."""
         found = []
         for one in (kind,) if kind else KINDS:
-            folder = self.root / one
-            for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if not entry.name.startswith("."):
-                    manifest = self.find(one, entry.name)
-                    if manifest is not None:
-                        found.append(manifest)
+            for entry in _entries(self.inside(one)):
+                manifest = self.find(one, entry.name)
+                if manifest is not None:
+                    found.append(manifest)
         yield from sorted(found, key=lambda m: (m.created, m.id))
 
     # --- references ------------------------------------------------------------------------------------------------
@@ -75,9 +97,13 @@ class Store:
             if "/" in ref:
                 found = [m for m in found if m.kind == ref.rpartition("/")[0]]
         if not found:
-            other = f"'{ref}' is the {named[0]} {named[1]}" if named else f"no {wanted} is named '{ref}'"
+            if named is None:
+                problem = f"no {wanted} is named '{ref}'"
+            else:
+                state = "another kind is asked for" if self.find(*named) else "it is gone"
+                problem = f"'{ref}' is the {named[0]} {named[1]}, and {state},"
             raise ArtifactNotFound(
-                f"{other} in {self.root}", "fqdiff store ls shows what is there; ids need 4 digits or more"
+                f"{problem} in {self.root}", "fqdiff store ls shows what is there; ids need 4 digits or more"
             )
         if len(found) > 1:
             ids = ", ".join(f"{m.kind}/{m.id}" for m in found[:5])
@@ -85,41 +111,45 @@ class Store:
         return found[0]
 
     def names(self) -> dict[str, tuple[str, str]]:
-        """Given names and the (kind, id) each stands for."""
-        folder = self.root / "names"
+        """Given names and the (kind, id) each stands for; a file that says no such thing names nothing."""
         pairs = {}
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if NAME_PATTERN.fullmatch(path.name):
-                kind, _, artifact_id = path.read_text()[:200].strip().partition("/")
-                pairs[path.name] = (kind, artifact_id)
+        for path in _entries(self.inside("names")):
+            if NAME_PATTERN.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                kind, _, artifact_id = _beginning(path).strip().partition("/")
+                if kind in KINDS and ID_PATTERN.fullmatch(artifact_id):
+                    pairs[path.name] = (kind, artifact_id)
         return pairs
 
     def give_name(self, name: str, manifest: Manifest) -> None:
         """Let ``name`` stand for ``manifest``; a name given before moves."""
         check_name(name)
-        write_atomically(self.root / "names" / name, f"{manifest.kind}/{manifest.id}\n".encode())
+        try:
+            write_atomically(self.inside("names", name), f"{manifest.kind}/{manifest.id}\n".encode())
+        except OSError as error:
+            raise disk_error(error, f"cannot write the name '{name}'") from error
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
     def lock(self, kind: str, artifact_id: str) -> FileLock:
         """A lock held by whoever makes the artifact; the system frees it when its holder dies."""
-        folder = self.root / "locks"
+        path = self.inside("locks", f"{kind}-{artifact_id}.lock")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, f"cannot use the store {self.root}") from error
-        return FileLock(folder / f"{kind}-{artifact_id}.lock")
+        return FileLock(path)
 
     def temporary(self, kind: str) -> Path:
         """A fresh directory beside the artifacts of ``kind``, to be handed to :meth:`commit` or removed."""
-        folder = self.root / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=folder, prefix=TEMPORARY))
+        path = temporary_path(self.inside(kind))
+        path.mkdir(parents=True)
+        return path
 
-    def commit(self, directory: Path, manifest: Manifest) -> Manifest:
+    def commit(self, directory: Path, manifest: Manifest, replace: bool = False) -> Manifest:
         """Turn a temporary directory into the artifact: hash, write the manifest, sync, rename. Returns it with its files.
 
-        An artifact already there under the same id stays, and the new one is dropped.
+        An artifact already there under the same id stays, and the new one is dropped; with ``replace`` it is the other way
+        round.
         """
         records = []
         for path in sorted(directory.iterdir()):
@@ -128,10 +158,9 @@ class Store:
         complete = Manifest(**{**vars(manifest), "files": tuple(records)})
         write_atomically(directory / "manifest.json", to_json(complete).encode())
         sync(directory)
-        directory.chmod(0o755)
-        target = self.directory(manifest.kind, manifest.id)
-        if target.exists() and not (target / "manifest.json").exists():
-            shutil.rmtree(target)  # a directory without a manifest does not exist
+        target = self.inside(manifest.kind, manifest.id)
+        if target.exists() and (replace or not (target / "manifest.json").exists()):
+            self._discard(target)  # a directory without a manifest does not exist
         try:
             os.rename(directory, target)
         except OSError:
@@ -143,78 +172,98 @@ class Store:
         sync(target.parent)
         return complete
 
+    def _discard(self, folder: Path) -> None:
+        """Delete a folder: it is gone at once, and should deleting its files be interrupted, the rest is a leftover."""
+        doomed = temporary_path(folder.parent)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
     # --- keeping house ---------------------------------------------------------------------------------------------
 
     def verify(self, manifest: Manifest) -> None:
         """Compare every payload file with its recorded size and hash. Raises ArtifactCorrupt naming the file."""
-        folder = self.directory(manifest.kind, manifest.id)
-        for record in manifest.files:
-            path = folder / record.name
-            if path.is_symlink() or not path.is_file():
-                raise ArtifactCorrupt(f"{path} is missing", f"fqdiff store rm {manifest.id} --force, and make it again")
-            size = path.stat().st_size
-            digest = sha256_of(path) if size == record.bytes else ""
-            if digest != record.sha256:
-                got = f"sha256 {digest[:12]}…" if digest else f"{size} bytes"
-                want = f"sha256 {record.sha256[:12]}…" if digest else f"{record.bytes} bytes"
-                raise ArtifactCorrupt(
-                    f"{path} is damaged: {got}, recorded {want}",
-                    f"fqdiff store rm {manifest.id} --force, and make it again",
-                )
+        folder = self.inside(manifest.kind, manifest.id)
+        again = f"fqdiff store rm {manifest.id} --force, and make it again"
+        with readable(folder, "a readable artifact", again):
+            listed = {"manifest.json", *(record.name for record in manifest.files)}
+            for path in _entries(folder):
+                if path.name not in listed and not path.name.startswith("."):
+                    raise ArtifactCorrupt(f"{path} is not in the manifest, so nothing vouches for it", again)
+            for record in manifest.files:
+                path = folder / record.name
+                size = plain_size(path, again)
+                if size != record.bytes:
+                    raise ArtifactCorrupt(f"{path} is damaged: {size} bytes, recorded {record.bytes}", again)
+                digest = sha256_of(path)
+                if digest != record.sha256:
+                    recorded = f"recorded {record.sha256[:12]}…"
+                    raise ArtifactCorrupt(f"{path} is damaged: sha256 {digest[:12]}…, {recorded}", again)
 
     def lineage(self, manifest: Manifest) -> Iterator[tuple[int, Manifest | None, str, str]]:
-        """(depth, manifest or None if gone, role, kind/id) of ``manifest`` and all it was made from, depth first."""
+        """(depth, manifest or None if gone, role, kind/id) of ``manifest`` and all it was made from, depth first.
 
-        def walk(one: Manifest, depth: int) -> Iterator[tuple[int, Manifest | None, str, str]]:
-            for source in one.recipe.inputs:
-                found = self.find(source.kind, source.id) if source.kind in KINDS else None
-                yield depth, found, source.role, f"{source.kind}/{source.id}"
-                if found is not None:
-                    yield from walk(found, depth + 1)
-
-        yield 0, manifest, "", f"{manifest.kind}/{manifest.id}"
-        yield from walk(manifest, 1)
+        What an artifact was made from follows where it is met first.
+        """
+        waiting = [(0, "", manifest.kind, manifest.id)]
+        seen = set()
+        while waiting:
+            depth, role, kind, artifact_id = waiting.pop()
+            found = self.find(kind, artifact_id) if depth else manifest
+            yield depth, found, role, f"{kind}/{artifact_id}"
+            if found is not None and (kind, artifact_id) not in seen:
+                seen.add((kind, artifact_id))
+                waiting += [(depth + 1, i.role, i.kind, i.id) for i in reversed(found.recipe.inputs)]
 
     def remove(self, manifest: Manifest, force: bool = False) -> None:
         """Delete an artifact and its names. Raises LineageError where others were made from it, unless ``force``."""
-        users = [
-            m for m in self.manifests() if any((i.kind, i.id) == (manifest.kind, manifest.id) for i in m.recipe.inputs)
-        ]
-        if users and not force:
+        target = (manifest.kind, manifest.id)
+        users = [] if force else [m for m in self.manifests() if any((i.kind, i.id) == target for i in m.recipe.inputs)]
+        if users:
             listed = ", ".join(f"{m.kind}/{m.id}" for m in users[:5])
             raise LineageError(
                 f"{len(users)} artifacts were made from {manifest.kind}/{manifest.id}: {listed}",
                 "--force removes it anyway",
             )
-        for name, target in self.names().items():
-            if target == (manifest.kind, manifest.id):
-                (self.root / "names" / name).unlink()
-        folder = self.directory(manifest.kind, manifest.id)
-        doomed = folder.with_name(f"{TEMPORARY}rm-{manifest.id}")
-        os.rename(folder, doomed)  # gone at once; deleting the files may take a while
-        shutil.rmtree(doomed)
+        try:
+            self._discard(self.inside(*target))
+            for name, named in self.names().items():
+                if named == target:
+                    (self.root / "names" / name).unlink()
+        except OSError as error:
+            raise disk_error(error, f"cannot remove {manifest.kind} {manifest.id}") from error
 
     def parts_folder(self, kind: str, artifact_id: str) -> Path:
         """Where partial results of an unfinished artifact are kept."""
-        return self.root / "parts" / kind / artifact_id
+        return self.inside("parts", kind, artifact_id)
 
     def leftovers(self) -> list[Path]:
         """What killed runs left behind and nobody can use any more: temporary files, and parts of finished artifacts."""
-        found = [
-            p
-            for kind in KINDS
-            if (self.root / kind).is_dir()
-            for p in (self.root / kind).iterdir()
-            if p.name.startswith(TEMPORARY)
-        ]
-        parts = self.root / "parts"
-        for kind in sorted(parts.iterdir()) if parts.is_dir() else ():
-            for folder in sorted(kind.iterdir()):
-                if self.find(kind.name, folder.name) is not None:
-                    found.append(folder)
-                else:
-                    found += [p for p in folder.iterdir() if p.name.startswith(TEMPORARY)]
-        return found
+        folders = [self.inside(name) for name in (*KINDS, "names")]
+        found: list[Path] = []
+        for kind in KINDS:
+            for parts in _entries(self.inside("parts", kind)):
+                if parts.is_dir() and not parts.is_symlink():
+                    finished = self.find(kind, parts.name) is not None
+                    (found if finished else folders).append(parts)
+        temporary = (path for folder in folders for path in _entries(folder) if path.name.startswith(TEMPORARY))
+        return found + [path for path in temporary if not path.is_symlink()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds, by name; nothing where it is not there."""
+    try:
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise disk_error(error, f"cannot read {folder}") from error
+
+
+def _beginning(path: Path) -> str:
+    """The first bytes of a file as text."""
+    try:
+        with path.open("rb") as file:
+            return file.read(200).decode("ascii", errors="replace")
+    except OSError as error:
+        raise disk_error(error, f"cannot read {path}") from error
 
 
 def check_name(name: str) -> None:

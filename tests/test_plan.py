@@ -1,0 +1,194 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fqdiff.configs import PlanConfig, QuantizeConfig
+from fqdiff.context import Context
+from fqdiff.errors import ConfigError, GroupsError, LineageError, NumericalError, QuantizationError
+from fqdiff.quant.packed import unpack_tensor
+from fqdiff.stages.plan import mean_minus_deviations, plan, read_scores
+from fqdiff.stages.quantize import quantize
+from fqdiff.store.codecs import load_quantized, save_quantized
+from fqdiff.values import Checkpoint, FisherTable, Plan
+
+CONFIGS = {
+    "groups": PlanConfig(),
+    "ratio": PlanConfig("ratio", ratio=0.25, low="int4", high="int8", at="mean"),
+    "mean-std": PlanConfig("mean-std", low="bfloat16"),
+    "threshold": PlanConfig("threshold", threshold=1e-3, low="int3", granularity="tensor"),
+    "uniform": PlanConfig("uniform", low="int4"),
+}
+
+
+def make(checkpoint: Checkpoint, table: FisherTable, config: PlanConfig) -> Plan:
+    return plan(checkpoint, table, config, 0, Context())
+
+
+def weights(made: Plan, block: str) -> dict[str, str]:
+    return {e.parameter: e.format for e in made.entries if e.block == block and len(e.shape) >= 2}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_is_planned_kept_ones_included(
+    checkpoint: Checkpoint, fisher_table: FisherTable, name: str
+) -> None:
+    made = make(checkpoint, fisher_table, CONFIGS[name])
+    assert [e.parameter for e in made.entries] == list(checkpoint.tensors)
+    assert all(e.rule and e.bytes > 0 for e in made.entries)
+    assert {e.format for e in made.entries if len(e.shape) < 2} == {"float32"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_file_has_the_planned_size_to_the_byte(
+    checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, name: str
+) -> None:
+    made = make(checkpoint, fisher_table, CONFIGS[name])
+    save_quantized(quantize(checkpoint, made, QuantizeConfig(), 0, Context()), tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert path.stat().st_size == made.file_bytes
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert header + sum(e.bytes for e in made.entries) == made.file_bytes
+    assert made.bits_per_weight == pytest.approx(8 * made.file_bytes / made.parameters)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_quantized_checkpoint_loads_back_bit_exactly(
+    checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, name: str
+) -> None:
+    made = quantize(checkpoint, make(checkpoint, fisher_table, CONFIGS[name]), QuantizeConfig(), 0, Context())
+    save_quantized(made, tmp_path)
+    loaded = load_quantized(tmp_path)
+    assert loaded.spec == made.spec
+    assert loaded.packed.keys() == made.packed.keys()
+    for parameter, packed in made.packed.items():
+        assert torch.equal(unpack_tensor(loaded.packed[parameter]), unpack_tensor(packed))
+    assert dict(loaded.network().named_parameters()).keys() == checkpoint.tensors.keys()
+
+
+def test_the_file_opens_with_plain_safetensors(
+    checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path
+) -> None:
+    save_quantized(
+        quantize(checkpoint, make(checkpoint, fisher_table, CONFIGS["uniform"]), QuantizeConfig(), 0, Context()),
+        tmp_path,
+    )
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.get_tensor("block4.res1.conv1.weight.codes").dtype == torch.uint8
+        assert file.get_tensor("block4.res1.conv1.weight.codes").numel() == 32 * 32 * 9 // 2
+        assert file.get_tensor("block4.res1.conv1.weight.scale").shape == (32,)
+
+
+def test_group_thresholds_are_the_groups_mean_fisher_values(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    made = make(checkpoint, fisher_table, PlanConfig(groups="12/345/6"))
+    scores = read_scores(fisher_table, "1")
+    for blocks in ("12", "345", "6"):
+        members = [e for e in made.entries if e.block in blocks and len(e.shape) >= 2]
+        mean = sum(scores[e.parameter] for e in members) / len(members)
+        assert all(e.threshold == pytest.approx(mean) for e in members)
+        assert all((e.format == "float16") == (scores[e.parameter] < mean) for e in members)
+        assert {e.format for e in members} == {"float16", "float32"}
+
+
+def test_given_thresholds_replace_the_means(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    made = make(checkpoint, fisher_table, PlanConfig(thresholds=(0.0, 1e30, 0.0)))
+    assert set(weights(made, "2").values()) == {"float32"}
+    assert set(weights(made, "4").values()) == {"float16"}
+    with pytest.raises(GroupsError, match="2 thresholds for 3 groups"):
+        make(checkpoint, fisher_table, PlanConfig(thresholds=(0.0, 1.0)))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
+def test_the_ratio_keeps_the_tensors_with_the_highest_values(
+    checkpoint: Checkpoint, fisher_table: FisherTable, ratio: float
+) -> None:
+    made = make(checkpoint, fisher_table, PlanConfig("ratio", ratio=ratio, low="int4"))
+    scores = read_scores(fisher_table, "1")
+    for block in "123456":
+        formats = weights(made, block)
+        kept = {name for name, fmt in formats.items() if fmt == "float32"}
+        assert kept == set(sorted(formats, key=lambda name: -scores[name])[: round(ratio * len(formats))])
+
+
+def test_the_mean_std_rule_is_the_published_formula() -> None:
+    scores = {f"w{i}": v for i, v in enumerate([1.0, 2.0, 6.0])} | {f"x{b}": 1.0 for b in range(2, 7)}
+    blocks = {name: ("1" if name[0] == "w" else name[1]) for name in scores}
+    rules = mean_minus_deviations(scores, blocks, PlanConfig("mean-std", mean_std=0.5))
+    mean, std = 3.0, (14 / 3) ** 0.5
+    assert rules["w0"][0] == pytest.approx(mean - 0.5 * mean / std * std)
+    loose = mean_minus_deviations(scores, blocks, PlanConfig("mean-std", mean_std=100.0))
+    assert loose["w0"][0] == pytest.approx(mean - 2.0 * std)
+
+
+def test_a_single_threshold_rules_every_block(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    scores = read_scores(fisher_table, "1")
+    middle = sorted(scores.values())[len(scores) // 2]
+    made = make(checkpoint, fisher_table, PlanConfig("threshold", threshold=middle))
+    for entry in made.entries:
+        if entry.block in "123456" and len(entry.shape) >= 2:
+            assert (entry.format == "float16") == (scores[entry.parameter] < middle)
+
+
+def test_stem_and_head_stay_high_but_for_uniform(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    mixed = make(checkpoint, fisher_table, PlanConfig("threshold", threshold=1e30, low="int4", high="int8"))
+    assert set(weights(mixed, "stem").values()) == set(weights(mixed, "head").values()) == {"int8"}
+    uniform = plan(checkpoint, None, PlanConfig("uniform", low="int4"), 0, Context())
+    assert set(weights(uniform, "stem").values()) == set(weights(uniform, "head").values()) == {"int4"}
+
+
+def test_transposed_convolutions_get_scales_per_output_channel(
+    checkpoint: Checkpoint, fisher_table: FisherTable
+) -> None:
+    made = {e.parameter: e.granularity for e in make(checkpoint, fisher_table, CONFIGS["uniform"]).entries}
+    assert made["block4.resample.weight"] == "channel:1"
+    assert made["block1.resample.weight"] == "channel:0"
+
+
+def test_scores_at_mean_average_the_timesteps(fisher_table: FisherTable) -> None:
+    name = "block1.res1.conv1.weight"
+    assert read_scores(fisher_table, "mean")[name] == pytest.approx(float(fisher_table.entries[name].mean.mean()))
+    assert read_scores(fisher_table, "1")[name] == float(fisher_table.entries[name].mean[1])
+
+
+def test_a_timestep_the_table_lacks_is_named_with_its_nearest(fisher_table: FisherTable) -> None:
+    every_tenth = replace(fisher_table, timesteps=fisher_table.timesteps * 10)
+    with pytest.raises(ConfigError, match="no timestep 17") as caught:
+        read_scores(every_tenth, "17")
+    assert "--at 20" in caught.value.hint
+
+
+def test_a_table_with_nan_is_refused(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    name = "block1.res1.conv1.weight"
+    broken = {**fisher_table.entries, name: replace(fisher_table.entries[name], mean=torch.full((1000,), float("nan")))}
+    with pytest.raises(NumericalError, match="block1"):
+        make(checkpoint, replace(fisher_table, entries=broken), PlanConfig())
+
+
+def test_a_table_of_another_model_is_refused(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    entries = dict(fisher_table.entries)
+    entries.pop("head.output.bias")
+    with pytest.raises(LineageError, match="another model"):
+        make(checkpoint, replace(fisher_table, entries=entries), PlanConfig())
+
+
+def test_a_strategy_without_fisher_values_says_what_to_do(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="needs Fisher"):
+        plan(checkpoint, None, PlanConfig(), 0, Context())
+
+
+def test_a_plan_for_another_model_is_refused(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    made = make(checkpoint, fisher_table, PlanConfig())
+    with pytest.raises(LineageError, match="another model"):
+        quantize(checkpoint, replace(made, entries=made.entries[1:]), QuantizeConfig(), 0, Context())
+
+
+def test_nan_weights_are_refused_when_quantizing(checkpoint: Checkpoint) -> None:
+    made = plan(checkpoint, None, CONFIGS["uniform"], 0, Context())
+    broken = {
+        **checkpoint.tensors,
+        "stem.conv.weight": torch.full_like(checkpoint.tensors["stem.conv.weight"], float("nan")),
+    }
+    with pytest.raises(QuantizationError, match="NaN"):
+        quantize(replace(checkpoint, tensors=broken), made, QuantizeConfig(), 0, Context())
