@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,6 @@ class Runner:
 
         With ``force`` the last step is made again even if it is there; its inputs are not.
         """
-        sources = {role: self._artifact(source) for role, source in step.inputs.items() if source is not None}
         recipe = step.recipe
         made_now = (recipe.kind, recipe.id) in self._made
         found = None if self.force and not made_now else self.store.find(recipe.kind, recipe.id)
@@ -130,6 +129,7 @@ class Runner:
         if distributed.agree(found is not None):
             self.say(f"{step.stage}: found {recipe.kind} {recipe.id}")
             return found or self._committed(recipe)
+        sources = {role: self._input(source) for role, source in step.inputs.items()}
         if distributed.rank() == 0:
             manifest = self._make_alone(step, recipe, sources)
             distributed.barrier()
@@ -139,11 +139,14 @@ class Runner:
         distributed.barrier()
         return self._committed(recipe)
 
-    def _artifact(self, source: "Step | Manifest | External") -> "Manifest | External":
+    def _input(self, source: "Step | Manifest | External") -> "Manifest | External":
+        """``source`` as something that exists; a step that is there already is not worth a word."""
         if not isinstance(source, Step):
             return source
-        inner = Runner(self.store, self.context, self.say, self.command, False, self._loaded, self._made)
-        return inner.run(source)
+        found = self.store.find(source.kind, source.id)
+        if distributed.agree(found is not None):
+            return found or self._committed(source.recipe)
+        return replace(self, force=False).run(source)
 
     def _make_alone(self, step: Step, recipe: Recipe, sources: "Mapping[str, Manifest | External]") -> Manifest:
         """Make the artifact while no other process does; take theirs if they were first."""

@@ -240,8 +240,9 @@ class FidResult:
     """A Fréchet distance with all it depends on.
 
     ``n`` images on each side; ``image_mean`` and ``reference_mean`` are mean pixels in [-1, 1]. ``confidence``: mean top-1
-    confidence, for classifier features. ``difference`` to a baseline sample set of the same seed, with its 95 % paired
-    bootstrap ``interval``, where one was given.
+    confidence, for classifier features. Where a baseline sample set of the same seed was given: ``difference`` of the two
+    FIDs with its 95 % paired bootstrap ``interval``, and ``image_error``, the mean squared difference between pixels (in
+    [-1, 1]) of images made from the same noise.
     """
 
     fid: float
@@ -256,3 +257,4 @@ class FidResult:
     confidence: float | None = None
     difference: float | None = None
     interval: tuple[float, float] | None = None
+    image_error: float | None = None

@@ -13,9 +13,11 @@ from fqdiff.configs import FisherConfig, SampleConfig, TrainConfig, get_preset
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from fqdiff.chains import Chain, ModelSteps
+    from fqdiff.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale("mnist5k", FisherConfig(timesteps=20, samples=2), SampleConfig(steps=5, count=64)),
+    "tiny": Scale("mnist5k", FisherConfig(samples=2), SampleConfig(steps=5, count=64)),
     "demo": Scale("mnist5k", FisherConfig(timesteps=1000, samples=4), SampleConfig(steps=25, count=1000)),
     "small": Scale(None, FisherConfig(), SampleConfig()),
     "paper": Scale(None, FisherConfig(), SampleConfig("ddpm", steps=1000)),
@@ -59,24 +61,21 @@ def run(
     if session.dry_run:
         show_steps(session, steps)
         return
+    made: dict[str, Manifest] = {}
     for number, (label, step) in enumerate(steps, start=1):
         session.note(f"[{number}/{len(steps)}] {label}")
-        session.tell_cost(session.runner.run(step))
+        made[step.id] = session.runner.run(step)
+        session.tell_cost(made[step.id])
     for row in chain.models:
-        manifest = session.store.find(row.model.kind, row.model.id)
-        assert manifest is not None
-        session.store.give_name(f"{size}-{slug(row.label)}", manifest)
-    picture = save_picture(session, size, chain)
-    rows = [row_data(session, chain, row) for row in (*chain.models, chain.noise_floor)]
-    seconds = time.monotonic() - started
+        session.store.give_name(f"{size}-{slug(row.label)}", made[row.model.id])
     data = {
         "size": size,
-        "seconds": round(seconds, 1),
-        "models": rows,
-        "picture": str(picture),
+        "models": [row_data(session, chain, row, made) for row in (*chain.models, chain.noise_floor)],
+        "picture": str(save_picture(session, size, chain, made)),
         "store": str(session.store.root),
+        "seconds": round(time.monotonic() - started, 1),
     }
-    session.result(data, lambda: run_text(data, chain))
+    session.result(data, lambda: run_text(data))
 
 
 def slug(label: str) -> str:
@@ -96,88 +95,70 @@ def show_steps(session: Session, steps: "list[tuple[str, Any]]") -> None:
     session.result({"steps": rows}, lambda: table(header, cells))
 
 
-def row_data(session: Session, chain: "Chain", row: "ModelSteps") -> dict[str, Any]:
+def row_data(session: Session, chain: "Chain", row: "ModelSteps", made: "Mapping[str, Manifest]") -> dict[str, Any]:
     """Numbers of one model, each with the id of the artifact it comes from."""
-    manifest = session.store.find(row.model.kind, row.model.id)
-    metrics = session.runner.load(session.runner.run(row.fid))
-    assert manifest is not None
-    file_bytes = next(f.bytes for f in manifest.files if f.name == "model.safetensors")
-    checkpoint = session.runner.run(chain.checkpoint)
-    parameters = sum(t.numel() for t in session.runner.load(checkpoint).tensors.values())
+    metrics = session.runner.load(made[row.fid.id])
+    file_bytes = next(f.bytes for f in made[row.model.id].files if f.name == "model.safetensors")
+    parameters = sum(t.numel() for t in session.runner.load(made[chain.checkpoint.id]).tensors.values())
     return {
         "model": row.label,
-        "id": manifest.id,
+        "id": row.model.id,
         "bits_per_weight": 8 * file_bytes / parameters,
         "file_bytes": file_bytes,
         "samples": row.samples.id,
         "metrics": row.fid.id,
-        "n": metrics.n,
-        "seed": metrics.seed,
-        "fid": metrics.fid,
-        "features": metrics.features,
-        "difference": metrics.difference,
-        "interval": metrics.interval,
-        "confidence": metrics.confidence,
-        "image_mean": metrics.image_mean,
+        **vars(metrics),
     }
 
 
-def run_text(data: dict[str, Any], chain: "Chain") -> str:
+def run_text(data: dict[str, Any]) -> str:
     """The table, what to look at, and what the numbers rest on."""
+    models = data["models"]
+    first, floor = models[0], models[-1]
+    name = first["features"]
     header = (
         "model",
         "bits/weight",
         "file bytes",
-        f"FID {data['models'][0]['features']}",
+        f"FID {name}",
         "difference to FP32 [95 %]",
+        "image error",
         "confidence",
         "metrics",
     )
     cells = []
-    for r in data["models"]:
-        change = (
-            ""
-            if r["difference"] is None
-            else f"{r['difference']:+.2f} [{r['interval'][0]:+.2f}, {r['interval'][1]:+.2f}]"
-        )
-        size = f"{r['file_bytes']:,}"
-        cells.append(
-            [
-                r["model"],
-                f"{r['bits_per_weight']:.2f}",
-                size,
-                f"{r['fid']:.2f}",
-                change,
-                f"{r['confidence']:.3f}",
-                r["metrics"],
-            ]
-        )
-    first, floor = data["models"][0], data["models"][-1]
+    for r in models:
+        change, error = "", ""
+        if r["difference"] is not None:
+            low, high = r["interval"]
+            change, error = f"{r['difference']:+.2f} [{low:+.2f}, {high:+.2f}]", f"{r['image_error']:.1e}"
+        numbers = [f"{r['bits_per_weight']:.2f}", f"{r['file_bytes']:,}", f"{r['fid']:.2f}", change, error]
+        cells.append([r["model"], *numbers, f"{r['confidence']:.3f}", r["metrics"]])
     moved = abs(floor["fid"] - first["fid"])
     return "\n".join(
         [
             table(header, cells),
-            f"N = {first['n']} images against as many held-out ones, sample seed {first['seed']}.",
-            f"The last row is FP32 with seed {floor['seed']}: noise alone moves FID by {moved:.2f}; less is no difference.",
-            f"samples side by side, same noise in each column: {data['picture']}",
-            f"store: {data['store']} (fqdiff store ls); {duration(data['seconds'])} in all",
+            f"FID: {first['n']} samples of seed {first['seed']} against as many held-out images; interval by paired bootstrap.",
+            f"Last row: FP32 with seed {floor['seed']}. New noise alone moves FID by {moved:.2f}.",
+            "Image error: mean squared pixel difference to FP32's image of the same noise, pixels in [-1, 1]: 0 is FP32 itself.",
+            "A FID below FP32's is no gain: the images moved away from the model's, and by chance towards the reference.",
+            f"Samples side by side, same noise in each column: {data['picture']}",
+            f"Store: {data['store']} (fqdiff store ls); {duration(data['seconds'])} in all.",
         ]
     )
 
 
-def save_picture(session: Session, size: str, chain: "Chain") -> "Path":
-    """PNG of the first samples, one row per model, same noise in each column."""
+def save_picture(session: Session, size: str, chain: "Chain", made: "Mapping[str, Manifest]") -> "Path":
+    """PNG of the first samples, one row per model, same noise in each column, and of held-out images."""
     import torch
 
     from fqdiff.store.files import write_atomically
     from fqdiff.viz.grids import labelled_rows, png
 
-    rows = [
-        (row.label, session.runner.load(session.runner.run(row.samples)).images[:PICTURE_COLUMNS])
-        for row in chain.models
-    ]
-    real = session.runner.load(session.runner.run(chain.dataset)).reference[:PICTURE_COLUMNS]
-    picture = labelled_rows([*rows, ("held-out real images", torch.as_tensor(real))])
+    rows = [(row.label, session.runner.load(made[row.samples.id]).images[:PICTURE_COLUMNS]) for row in chain.models]
+    reference = session.runner.load(made[chain.dataset.id]).reference
+    spread = torch.linspace(0, len(reference) - 1, PICTURE_COLUMNS).long()  # a source may be sorted by label
+    picture = labelled_rows([*rows, ("held-out real images", reference[spread])])
     path = session.store.root / "pictures" / f"{size}-{chain.models[0].samples.id}.png"
     write_atomically(path, png(picture))
     return path

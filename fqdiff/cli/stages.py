@@ -445,6 +445,7 @@ def fid_text(manifest: "Manifest", value: "FidResult") -> str:
     if value.difference is not None and value.interval is not None:
         low, high = value.interval
         verdict = "not distinguishable at the 95 % level" if low <= 0 <= high else "distinguishable at the 95 % level"
+        lines.append(f"mean squared pixel difference to the baseline, same noise: {value.image_error:.2e}")
         lines.append(
             f"difference to the baseline: {value.difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: {verdict}"
         )

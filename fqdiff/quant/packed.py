@@ -49,7 +49,7 @@ def pack_tensor(x: Tensor, fmt: Format, granularity: Granularity) -> PackedTenso
     """
     shape = tuple(x.shape)
     if fmt.dtype is not None:
-        data = x.to(fmt.dtype)
+        data = x.to(fmt.dtype, copy=True)  # never the caller's own memory: the packed model stands alone
         if not torch.isfinite(data).all():
             raise QuantizationError(
                 f"values up to {float(x.abs().max()):.3g} in {fmt.name}", "they overflow; use bfloat16"

@@ -1,10 +1,12 @@
 """Fréchet distance of generated images to held-out real ones, and to another model's, with its uncertainty."""
 
+import torch
+
 from fqdiff.configs import FidConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError
 from fqdiff.evidence.bootstrap import difference_interval
-from fqdiff.evidence.features import FeatureNetwork
+from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.evidence.frechet import feature_statistics, frechet_distance
 from fqdiff.rng import generator
 from fqdiff.values import ClassifierWeights, Dataset, FidResult, SampleSet
@@ -38,14 +40,17 @@ def fid(
             f"{n} images asked for; there are {len(samples.images)} samples and {len(reference)} held-out images",
             "lower --count, or take a larger data set",
         )
+    # A source may be sorted by label, and MNIST's first half is neater than its second: take n at random, always the same.
+    chosen = torch.randperm(len(reference), generator=generator(0, "reference"))[:n].sort().values
+    reference = reference[chosen]
     with context.progress(2 + (baseline is not None), "fid", "set") as bar:
-        real = network.extract(reference[:n])
+        real = network.extract(reference)
         bar.update()
         fake = network.extract(samples.images[:n])
         bar.update()
         real_statistics = feature_statistics(real)
         distance = frechet_distance(real_statistics, feature_statistics(fake))
-        difference, interval = None, None
+        difference, interval, image_error = None, None, None
         if baseline is not None:
             if baseline.seed != samples.seed or len(baseline.images) < n:
                 raise LineageError(
@@ -55,6 +60,9 @@ def fid(
             base = network.extract(baseline.images[:n])
             difference = distance - frechet_distance(real_statistics, feature_statistics(base))
             interval = difference_interval(fake, base, real, generator(seed, "bootstrap"), config.resamples)
+            image_error = float(
+                (to_unit_range(samples.images[:n]) - to_unit_range(baseline.images[:n])).square().mean()
+            )
             bar.update()
     return FidResult(
         fid=distance,
@@ -62,11 +70,12 @@ def fid(
         features=network.name,
         features_sha256=network.sha256,
         dimension=real.shape[1],
-        reference=f"{dataset.name}, the first {n} held-out images",
+        reference=f"{dataset.name}, {n} of {len(dataset.reference)} held-out images",
         seed=samples.seed,
         image_mean=float(samples.images[:n].double().mean()) / 127.5 - 1,
-        reference_mean=float(reference[:n].double().mean()) / 127.5 - 1,
+        reference_mean=float(reference.double().mean()) / 127.5 - 1,
         confidence=network.confidence(samples.images[:n]) if network.confidence else None,
         difference=difference,
         interval=interval,
+        image_error=image_error,
     )

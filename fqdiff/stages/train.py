@@ -193,10 +193,10 @@ def estimate_seconds(config: TrainConfig, device: torch.device) -> float:
     """What training will take, from timing a few small batches of random images on ``device``."""
     spec = ModelSpec(config.architecture, config.schedule, config.prediction)
     probe = min(8, config.batch_size)
-    state = initial_state(spec, config, 0, device)
+    shortened = TrainConfig(**{**vars(config), "batch_size": probe, "steps": 3})
+    state = initial_state(spec, shortened, 0, device)
     images = torch.zeros(probe, *spec.image_shape, dtype=torch.uint8, device=device)
     schedule = spec.noise_schedule()
-    shortened = TrainConfig(**{**vars(config), "batch_size": probe, "steps": 3})
     seconds = math.inf
     for _ in range(shortened.steps):
         start = time.monotonic()

@@ -60,6 +60,11 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
+def _expect_names(tensors: Mapping[str, Tensor], path: Path, *names: str) -> None:
+    unknown = sorted(tensors.keys() - set(names))
+    _expect(not unknown, path, f"unknown tensors {', '.join(unknown[:3])[:100]}")
+
+
 def _take(tensors: Mapping[str, Tensor], path: Path, name: str, dtype: torch.dtype, ndim: int) -> Tensor:
     found = tensors.get(name)
     if found is None or found.dtype != dtype or found.ndim != ndim or not found.numel():
@@ -89,6 +94,7 @@ def save_dataset(value: Dataset, directory: Path) -> None:
 def load_dataset(directory: Path) -> Dataset:
     path = directory / "images.safetensors"
     tensors, meta = read_tensors(path)
+    _expect_names(tensors, path, "images", "labels", "held_out", "origin")
     images = _take(tensors, path, "images", torch.uint8, 4)
     held_out = _take(tensors, path, "held_out", torch.bool, 1)
     origin = _take(tensors, path, "origin", torch.int64, 1)
@@ -137,6 +143,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         _take(tensors, path, name, torch.float32, tensors[name].ndim)
     path = directory / "history.safetensors"
     history, _ = read_tensors(path)
+    _expect_names(history, path, "loss", "preview")
     preview = _take(history, path, "preview", torch.uint8, 4)
     _expect(preview.shape[1:] == spec.image_shape, path, f"previews of shape {tuple(preview.shape)}")
     return Checkpoint(spec, tensors, _take(history, path, "loss", torch.float32, 1), preview)
@@ -158,6 +165,10 @@ FISHER_SCHEMA = pa.schema(
         ("max", pa.float64()),
         ("channel", pa.list_(pa.field("element", pa.float32()))),
     ]
+)
+NAMES = ("tensor", "block")  # read as dictionaries: they then take the space that they take in the file
+FISHER_READ_SCHEMA = pa.schema(
+    [f.with_type(pa.dictionary(pa.int32(), pa.string())) if f.name in NAMES else f for f in FISHER_SCHEMA]
 )
 
 
@@ -187,7 +198,7 @@ def save_fisher(value: FisherTable, directory: Path) -> None:
         pa.concat_tables(tables).replace_schema_metadata(facts),
         directory / "fisher.parquet",
         compression="zstd",
-        use_dictionary=["tensor", "block"],
+        use_dictionary=list(NAMES),
         column_encoding={"channel.list.element": "BYTE_STREAM_SPLIT"},
         row_group_size=1000,
     )
@@ -197,8 +208,7 @@ def load_fisher(directory: Path) -> FisherTable:
     path = directory / "fisher.parquet"
     size = plain_size(path)
     with readable(path, "a Fisher table"):
-        # As dictionaries, names take the space that they take in the file, however many rows repeat them.
-        file = pq.ParquetFile(path, memory_map=False, read_dictionary=["tensor", "block"])
+        file = pq.ParquetFile(path, memory_map=False, read_dictionary=list(NAMES))
         _check_unpacked_size(file.metadata, size)
         kind = text(mapping(parse_json(file.metadata.metadata[b"fqdiff"]))["kind"])
         return _fisher_table(kind, file.read())
@@ -217,11 +227,10 @@ def _check_unpacked_size(facts: pq.FileMetaData, size: int) -> None:
 
 
 def _fisher_table(kind: str, table: pa.Table) -> FisherTable:
-    """The value in ``table``, whose names are dictionaries. Raises ValueError where it is not what :func:`save_fisher` wrote."""
-    plain = table.schema.set(2, FISHER_SCHEMA.field("tensor")).set(3, FISHER_SCHEMA.field("block"))
-    if not plain.equals(FISHER_SCHEMA) or not table.num_rows or any(c.null_count for c in table.columns):
+    """The value in ``table``. Raises ValueError where it is not what :func:`save_fisher` wrote."""
+    if not table.schema.equals(FISHER_READ_SCHEMA) or not table.num_rows or any(c.null_count for c in table.columns):
         raise ValueError("it has other columns, no rows, or empty cells")
-    names, blocks = (table[key].unify_dictionaries().combine_chunks() for key in ("tensor", "block"))
+    names, blocks = (table[key].unify_dictionaries().combine_chunks() for key in NAMES)
     tensor = names.indices.to_numpy()
     starts = np.flatnonzero(np.diff(tensor, prepend=-1))
     steps = table.num_rows // len(starts)
@@ -341,6 +350,7 @@ def save_samples(value: SampleSet, directory: Path) -> None:
 def load_samples(directory: Path) -> SampleSet:
     path = directory / "samples.safetensors"
     tensors, _ = read_tensors(path)
+    _expect_names(tensors, path, "images", "seeds")
     images = _take(tensors, path, "images", torch.uint8, 4)
     seeds = _take(tensors, path, "seeds", torch.int64, 2)
     value = SampleSet(images, int(seeds[0, 0]) if seeds.numel() else 0)

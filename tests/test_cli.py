@@ -1,0 +1,294 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import fqdiff
+from fqdiff.cli.app import app
+from fqdiff.store.store import Store
+
+COMMANDS = [
+    ["train"], ["fisher"], ["plan"], ["quantize"], ["sample"], ["fid"], ["run"],
+    *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
+]  # fmt: skip
+
+
+def call(store: Path, *arguments: str) -> Result:
+    return CliRunner(env={"FQDIFF_STORE": str(store), "COLUMNS": "200"}).invoke(app, list(arguments))
+
+
+def good(store: Path, *arguments: str) -> dict[str, object]:
+    result = call(store, *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, object] = json.loads(result.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store after the four calls of the README, on the tiny preset."""
+    folder = tmp_path_factory.mktemp("cli") / "store"
+    good(folder, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20", "--name", "tiny-fp32")
+    good(folder, "fisher", "--timesteps", "1000", "--samples", "2")
+    good(folder, "plan", "--groups", "12/345/6", "--name", "by-groups")
+    config = folder.parent / "quick.toml"
+    config.write_text("[sample]\nsteps = 5\ncount = 40\n")
+    good(folder, "fid", "--features", "digits", "--config", str(config))
+    return folder
+
+
+# --- surface ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once_and_imports_no_torch() -> None:
+    script = "import sys, fqdiff.cli.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    best = 9.0
+    for _ in range(3):
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-m", "fqdiff", "--help"], capture_output=True, check=True)
+        best = min(best, time.monotonic() - start)
+    assert best < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command: list[str], tmp_path: Path) -> None:
+    result = call(tmp_path, *command, "--help")
+    assert result.exit_code == 0
+    assert "Example: fqdiff " + " ".join(command) in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    assert call(tmp_path, "--version").stdout == f"fqdiff {fqdiff.__version__}\n"
+
+
+def test_the_module_runs_as_the_command_does() -> None:
+    result = subprocess.run([sys.executable, "-m", "fqdiff", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout == f"fqdiff {fqdiff.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["train", "--steps", "many"], ["plan", "--ratio", "2"], ["sample", "--count", "0"]]
+)
+def test_wrong_usage_exits_with_2_and_says_so_on_stderr(arguments: list[str], tmp_path: Path) -> None:
+    result = call(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert result.stderr
+    assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plan"], 1, "no fisher in"),
+        (["sample", "nothing"], 1, "is named 'nothing'"),
+        (["train", "--preset", "huge"], 2, "unknown preset 'huge'"),
+        (["train", "--dataset", "imagenet"], 2, "unknown data set 'imagenet'"),
+        (["train", "--dataset", "folder:/no/such/folder"], 1, "is not a folder"),
+        (["train", "--device", "tpu"], 2, "device 'tpu' is not available"),
+        (["train", "--dataset", "mnist5k", "--preset", "tiny", "--name", "../up"], 2, "cannot be a name"),
+        (["train", "--dataset", "mnist5k", "--preset", "tiny", "--image-size", "20"], 2, "not a multiple of 8"),
+        (["plan", "--groups", "12/345/6", "--ratio", "0.5"], 2, "different strategies"),
+        (["run", "huge"], 2, "unknown size 'huge'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_a_hint_and_changes_nothing(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    result = call(tmp_path / "store", *arguments, "--json")
+    assert result.exit_code == code
+    errors = [line for line in result.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert message in errors[0]
+    assert len(errors) == 2
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "store").glob("*/*/manifest.json"))
+
+
+def test_the_paper_presets_parameters_are_printed(tmp_path: Path) -> None:
+    data = good(tmp_path, "train", "--preset", "paper", "--dataset", "mnist5k", "--dry-run")
+    assert data["parameters"] == 35_178_689
+    assert data["estimated_seconds"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+# --- the pipeline ----------------------------------------------------------------------------------------------------
+
+
+def test_the_four_calls_leave_every_artifact(store: Path) -> None:
+    kinds = sorted(m.kind for m in Store(store).manifests())
+    assert kinds == sorted(
+        ["dataset", "checkpoint", "fisher", "plan", "quantized", "samples", "samples", "features", "metrics"]
+    )
+
+
+def test_asking_again_finds_what_is_there(store: Path) -> None:
+    before = [m.id for m in Store(store).manifests()]
+    result = call(store, "fisher", "tiny-fp32", "--samples", "2")
+    assert "found fisher" in result.stderr
+    assert [m.id for m in Store(store).manifests()] == before
+
+
+def test_a_quantized_file_has_the_promised_size(store: Path) -> None:
+    data = good(store, "quantize", "by-groups")
+    assert data["file_bytes"] == data["promised_bytes"] == Path(str(data["file"])).stat().st_size
+
+
+def test_quantize_copies_the_file_and_overwrites_nothing(store: Path, tmp_path: Path) -> None:
+    target = tmp_path / "small.safetensors"
+    data = good(store, "quantize", "by-groups", "--output", str(target))
+    assert target.read_bytes() == Path(str(data["file"])).read_bytes()
+    assert call(store, "quantize", "by-groups", "--output", str(target)).exit_code == 2
+
+
+def test_a_result_names_all_it_depends_on(store: Path) -> None:
+    (metrics,) = Store(store).manifests("metrics")
+    data = json.loads((Store(store).directory("metrics", metrics.id) / "metrics.json").read_text())
+    assert (data["n"], data["features"], data["dimension"], data["seed"]) == (40, "digits", 84, 0)
+    assert len(data["features_sha256"]) == 64
+    assert data["reference"] == "mnist5k, 40 of 1000 held-out images"
+    assert {i.role for i in metrics.recipe.inputs} == {"samples", "dataset", "features", "baseline"}
+    low, high = data["interval"]
+    assert low <= data["difference"] <= high
+
+
+def test_lineage_leads_from_the_number_to_the_data(store: Path) -> None:
+    chain = good(store, "store", "lineage", "latest")["lineage"]
+    assert isinstance(chain, list)
+    kinds = {entry["artifact"].split("/")[0] for entry in chain}
+    assert kinds == {"metrics", "samples", "quantized", "checkpoint", "dataset", "fisher", "plan", "features"}
+    assert all(entry["there"] for entry in chain)
+
+
+def test_the_latest_artifact_is_taken_and_named(store: Path) -> None:
+    result = call(store, "plan", "--uniform", "int4", "--dry-run")
+    assert "checkpoint: the latest" in result.stderr
+    assert "(tiny-fp32)" in result.stderr
+
+
+def test_a_plan_can_start_from_a_checkpoint(store: Path) -> None:
+    assert good(store, "plan", "tiny-fp32", "--groups", "12/345/6")["id"] == Store(store).resolve("by-groups").id
+
+
+def test_plans_print_block_by_block(store: Path) -> None:
+    text = call(store, "plan", "by-groups"[:0] or "--groups", "12/345/6").stdout
+    assert "float16" in text
+    assert "bits per weight" in text
+    assert "group 345: its mean Fisher value" in text
+
+
+def test_a_group_with_a_block_twice_is_named(store: Path) -> None:
+    result = call(store, "plan", "--groups", "12/34/456")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-2:] == [
+        "error: block 4 is in two groups of '12/34/456'",
+        "hint: list each block once, e.g. --groups 12/345/6 or 1-2/3-5/6",
+    ]
+
+
+def test_dry_runs_make_nothing(store: Path) -> None:
+    before = [m.id for m in Store(store).manifests()]
+    for command in (["fisher", "--samples", "5"], ["plan", "--ratio", "0.3"], ["sample", "--count", "7"], ["quantize"]):
+        assert "id" in good(store, *command, "--dry-run")
+    assert [m.id for m in Store(store).manifests()] == before
+
+
+def test_flags_go_before_the_file_and_the_file_before_defaults(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "fqdiff.toml"
+    config.write_text("[sample]\nsteps = 7\ncount = 9\n")
+    chosen = good(store, "sample", "tiny-fp32", "--config", str(config), "--steps", "3", "--dry-run")["config"]
+    assert chosen == {"sampler": "ddim", "steps": 3, "eta": 0.0, "count": 9}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[sample]\nstep = 7\n", "unknown setting 'step' in [sample]"),
+        ("[samples]\nsteps = 7\n", "'samples' in"),
+        ('[sample]\nsteps = "7"\n', "sample.steps is '7'"),
+        ("[sample\n", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_wrong_config_file_is_named(store: Path, tmp_path: Path, text: str, message: str) -> None:
+    config = tmp_path / "fqdiff.toml"
+    config.write_text(text)
+    result = call(store, "sample", "--config", str(config))
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_force_makes_it_again_with_the_same_bits(store: Path) -> None:
+    plan = Store(store).resolve("by-groups")
+    first = good(store, "quantize", "by-groups")
+    again = good(store, "quantize", "by-groups", "--force")
+    assert again["id"] == first["id"]
+    created = Store(store).resolve(str(first["id"]))
+    assert created.created > plan.created
+    verify = good(store, "store", "verify")
+    assert verify["damaged"] == []
+
+
+def test_a_damaged_store_fails_its_verification(store: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    (path,) = copy.glob("plan/*/plan.json")
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(bytes(content))
+    result = call(copy, "store", "verify")
+    assert result.exit_code == 1
+    assert str(path) in result.stdout
+    assert call(copy, "quantize", "by-groups", "--force").exit_code == 1
+
+
+def test_the_whole_chain_runs_ends_in_a_table_and_continues(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    planned = good(store, "run", "tiny", "--dry-run")["steps"]
+    assert isinstance(planned, list)
+    assert not any(step["exists"] for step in planned)
+    data = good(store, "run", "tiny")
+    models = data["models"]
+    assert isinstance(models, list)
+    assert [m["model"] for m in models] == [
+        "FP32", "float16 by groups 12/345/6", "int8", "int4", "int4, top Fisher half int8", "FP32, other noise",
+    ]  # fmt: skip
+    for m in models:
+        manifest = Store(store).resolve(m["id"])
+        assert (
+            m["file_bytes"] == (Store(store).directory(manifest.kind, manifest.id) / "model.safetensors").stat().st_size
+        )
+    sizes = [m["file_bytes"] for m in models[:5]]
+    assert sizes[0] > sizes[1] > sizes[2] > sizes[4] > sizes[3]
+    assert Path(str(data["picture"])).read_bytes()[:4] == b"\x89PNG"
+    assert {step["id"] for step in planned} == {m.id for m in Store(store).manifests()}
+    again = call(store, "run", "tiny")
+    assert "making" not in again.stderr
+    assert "noise alone moves FID by" in again.stdout
+
+
+def test_keyboard_interrupt_exits_with_130(tmp_path: Path) -> None:
+    """During a stage that keeps no partial results."""
+    import signal
+
+    environment = {**os.environ, "FQDIFF_STORE": str(tmp_path / "store")}
+    run = [sys.executable, "-m", "fqdiff"]
+    quick = [*run, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "1", "--quiet"]
+    subprocess.run(quick, env=environment, check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*run, "sample", "--sampler", "ddpm"], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    while "making samples" not in process.stderr.readline():
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert "Traceback" not in process.stderr.read()
+    assert not list((tmp_path / "store").glob("samples/*"))
