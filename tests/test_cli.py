@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import subprocess
@@ -6,11 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import fqdiff
 from fqdiff.cli.app import app
 from fqdiff.store.store import Store
+from tests.test_evidence import StandIn
 
 COMMANDS = [
     ["train"], ["fisher"], ["plan"], ["quantize"], ["sample"], ["fid"], ["run"],
@@ -155,6 +158,17 @@ def test_a_result_names_all_it_depends_on(store: Path) -> None:
     assert {i.role for i in metrics.recipe.inputs} == {"samples", "dataset", "features", "baseline"}
     low, high = data["interval"]
     assert low <= data["difference"] <= high
+
+
+def test_inception_features_are_named_with_the_hash_of_their_weights(store: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    torch.jit.script(StandIn()).save(str(weights))
+    (samples, *_) = Store(store).manifests("samples")
+    data = good(
+        store, "fid", samples.id, "--features", "inception", "--inception-weights", str(weights), "--count", "5"
+    )
+    assert (data["features"], data["dimension"], data["n"]) == ("inception-clean", 2048, 5)
+    assert data["features_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def test_lineage_leads_from_the_number_to_the_data(store: Path) -> None:

@@ -12,7 +12,12 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
 from fqdiff.evidence.bootstrap import difference_interval
 from fqdiff.evidence.features import FeatureNetwork, as_rgb, inception_features, to_uint8, to_unit_range
-from fqdiff.evidence.frechet import FeatureStatistics, feature_statistics, frechet_distance
+from fqdiff.evidence.frechet import (
+    FeatureStatistics,
+    feature_statistics,
+    frechet_distance,
+    frechet_distance_of_features,
+)
 from fqdiff.rng import generator
 from fqdiff.stages.classifier import classifier
 from fqdiff.stages.fid import fid
@@ -55,6 +60,14 @@ def test_the_distance_agrees_with_clean_fid(n: int, d: int) -> None:
     b = torch.randn(n, d, generator=g).double() * 2 + 1
     ours = frechet_distance(feature_statistics(a), feature_statistics(b))
     assert ours == pytest.approx(float(fid_from_feats(a.numpy(), b.numpy())), rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(20, 30, 64), (30, 20, 25), (50, 50, 10)])
+def test_both_forms_of_the_distance_agree(n: int, m: int, d: int) -> None:
+    g = generator(0, "forms", n)
+    a, b = torch.randn(n, d, generator=g), torch.randn(m, d, generator=g) + 1
+    expected = frechet_distance(feature_statistics(a), feature_statistics(b))
+    assert frechet_distance_of_features(a, b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_dead_features_and_equal_sets_are_no_trouble() -> None:

@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """Train, measure, plan, quantize, sample and compare: the whole pipeline at one size."""
     from fqdiff.chains import make_chain
-    from fqdiff.store.sources import image_channels
+    from fqdiff.store.sources import image_channels, load_dataset
 
     if size not in SCALES:
         raise ConfigError(f"unknown size '{size}'", f"one of: {', '.join(SCALES)}")
@@ -55,7 +55,9 @@ def run(
     config = session.settings("train", TrainConfig, preset.train)
     checkpoint = training_step(dataset, image_channels(dataset), preset, config, session.seed)
     fisher = session.settings("fisher", FisherConfig, vars(scale.fisher))
-    sample = session.settings("sample", SampleConfig, vars(scale.sample))
+    held_out = len(load_dataset(dataset, 0, session.runner.context).reference)
+    enough = {"count": min(scale.sample.count, held_out)}  # more could not be compared with as many real images
+    sample = session.settings("sample", SampleConfig, {**vars(scale.sample), **enough})
     chain = make_chain(checkpoint, fisher, sample, session.seed)
     steps = list(chain.steps())
     if session.dry_run:

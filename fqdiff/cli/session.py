@@ -42,7 +42,7 @@ NameOption = Annotated[
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", help="TOML file with one table per stage; flags go before it.", rich_help_panel=COMMON),
+    typer.Option("--config", help="TOML file with one table per stage; flags override it.", rich_help_panel=COMMON),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=COMMON)]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.", rich_help_panel=COMMON)]

@@ -30,13 +30,13 @@ def announce(session: Session, step: "Step") -> None:
 def fisher(
     session: Session,
     checkpoint: Annotated[
-        str | None, typer.Argument(help="Checkpoint: name, id or prefix. [default: the latest]")
+        str | None, typer.Argument(help="Checkpoint: name, id or prefix.", show_default="the latest")
     ] = None,
     timesteps: Annotated[
-        int | None, typer.Option(min=1, help=f"Evenly spaced timesteps. [default: {FisherConfig.timesteps}]")
+        int | None, typer.Option(min=1, help="Evenly spaced timesteps.", show_default=f"{FisherConfig.timesteps}")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help=f"Samples per timestep. [default: {FisherConfig.samples}]")
+        int | None, typer.Option(min=2, help="Samples per timestep.", show_default=f"{FisherConfig.samples}")
     ] = None,
 ) -> None:
     """Measure the Fisher information of every layer at every timestep."""
@@ -97,11 +97,11 @@ def plan(
     session: Session,
     source: Annotated[
         str | None,
-        typer.Argument(help="Fisher table, or checkpoint for --uniform. [default: the latest]", metavar="[REF]"),
+        typer.Argument(help="Fisher table, or checkpoint for --uniform.", show_default="the latest", metavar="[REF]"),
     ] = None,
     groups: Annotated[str | None, typer.Option(help="Block groups, one threshold each, e.g. 12/345/6.")] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="The groups' thresholds, e.g. 0.1/0.01/0.1. [default: mean of each]")
+        str | None, typer.Option(help="The groups' thresholds, e.g. 0.1/0.01/0.1.", show_default="mean of each")
     ] = None,
     threshold: Annotated[float | None, typer.Option(min=0, help="One threshold for the whole model.")] = None,
     ratio: Annotated[
@@ -114,12 +114,15 @@ def plan(
         str | None, typer.Option(help="Every weight tensor in this format; needs no Fisher values.")
     ] = None,
     at: Annotated[
-        str | None, typer.Option(help=f"Read Fisher values at this timestep, or 'mean'. [default: {PlanConfig.at}]")
+        str | None,
+        typer.Option(help="Read Fisher values at this timestep, or 'mean'.", show_default=f"{PlanConfig.at}"),
     ] = None,
-    low: Annotated[str | None, typer.Option(help=f"Format below the threshold. [default: {PlanConfig.low}]")] = None,
-    high: Annotated[str | None, typer.Option(help=f"Format above it. [default: {PlanConfig.high}]")] = None,
+    low: Annotated[
+        str | None, typer.Option(help="Format below the threshold.", show_default=f"{PlanConfig.low}")
+    ] = None,
+    high: Annotated[str | None, typer.Option(help="Format above it.", show_default=f"{PlanConfig.high}")] = None,
     granularity: Annotated[
-        str | None, typer.Option(help=f"One scale per tensor or channel. [default: {PlanConfig.granularity}]")
+        str | None, typer.Option(help="One scale per tensor or channel.", show_default=f"{PlanConfig.granularity}")
     ] = None,
 ) -> None:
     """Choose a format for every parameter, from its Fisher value."""
@@ -231,7 +234,7 @@ def plan_text(manifest: "Manifest", value: "Plan", rows: list[dict[str, object]]
 def quantize(
     session: Session,
     source: Annotated[
-        str | None, typer.Argument(help="Plan: name, id or prefix. [default: the latest]", metavar="[PLAN]")
+        str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="[PLAN]")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also copy the safetensors file here.")] = None,
 ) -> None:
@@ -279,14 +282,18 @@ def quantize_step(session: Session, plan_manifest: "Manifest") -> "Step":
 def sample(
     session: Session,
     model: Annotated[
-        str | None, typer.Argument(help="Checkpoint or quantized checkpoint. [default: the latest]")
+        str | None, typer.Argument(help="Checkpoint or quantized checkpoint.", show_default="the latest")
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help=f"How many images. [default: {SampleConfig.count}]")] = None,
-    sampler: Annotated[str | None, typer.Option(help=f"ddim or ddpm. [default: {SampleConfig.sampler}]")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many images.", show_default=f"{SampleConfig.count}")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim or ddpm.", show_default=f"{SampleConfig.sampler}")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Inference steps. [default: 50; for ddpm all timesteps]")
+        int | None, typer.Option(min=1, help="Inference steps.", show_default="50; for ddpm all timesteps")
     ] = None,
-    eta: Annotated[float | None, typer.Option(min=0, max=1, help="DDIM's randomness, 0 to 1. [default: 0]")] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="DDIM's randomness, 0 to 1.", show_default="0")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass; changes no image.")] = 100,
 ) -> None:
     """Make images from a model; image k depends on the seed and k alone."""
@@ -325,16 +332,18 @@ def fid(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="Samples; or a plan or model, which is sampled first. [default: the latest of these]", metavar="[REF]"
+            help="Samples; or a plan or model, which is sampled first.",
+            show_default="the latest of these",
+            metavar="[REF]",
         ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Baseline samples of the same seed. [default: the full-precision model's, if sampled]"),
+        typer.Option(help="Baseline samples of the same seed.", show_default="the full-precision model's, if sampled"),
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="inception or digits. [default: inception if its weights are at hand, else digits]"),
+        typer.Option(help="inception or digits.", show_default="inception if its weights are at hand, else digits"),
     ] = None,
     inception_weights: Annotated[
         Path | None,
@@ -344,7 +353,7 @@ def fid(
         ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=2, help="Images of each set. [default: as many as both sets have]")
+        int | None, typer.Option(min=2, help="Images of each set.", show_default="as many as both sets have")
     ] = None,
 ) -> None:
     """Compare generated images with held-out real ones (Fréchet distance)."""

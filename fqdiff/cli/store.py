@@ -65,7 +65,7 @@ def lineage(session: Session, ref: Annotated[str, typer.Argument(help="Name, id,
 @app.command("verify", epilog="Example: fqdiff store verify")
 @common(*STORE_OPTIONS)
 def verify(
-    session: Session, ref: Annotated[str | None, typer.Argument(help="One artifact. [default: all]")] = None
+    session: Session, ref: Annotated[str | None, typer.Argument(help="One artifact.", show_default="all")] = None
 ) -> None:
     """Compare every file with its recorded size and hash."""
     chosen = [session.store.resolve(ref)] if ref is not None else list(session.store.manifests())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
 
-RECIPE = "Recipe"
+RECIPE = "Recipe, by default the preset's"
 EXAMPLE = "Example: fqdiff train --preset demo --dataset mnist5k --name my-digits"
 
 
@@ -54,15 +54,16 @@ def training_step(
 @common()
 def train(
     session: Session,
-    preset: Annotated[str | None, typer.Option(help="paper, small, demo or tiny. [default: small]")] = None,
+    preset: Annotated[str | None, typer.Option(help="paper, small, demo or tiny.", show_default="small")] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="mnist, mnist5k, fashion-mnist, cifar10 or folder:PATH. [default: mnist if it can be had, else mnist5k]"
+            help="mnist, mnist5k, fashion-mnist, cifar10 or folder:PATH.",
+            show_default="mnist if it can be had, else mnist5k",
         ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=8, help="Side of the images in pixels. [default: the preset's]")
+        int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the preset's")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that was interrupted last, whatever its recipe.")

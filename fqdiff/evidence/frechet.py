@@ -44,3 +44,19 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     means = (a.mean - b.mean).square().sum()
     distance = means + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(0.0, float(distance))
+
+
+def frechet_distance_of_features(a: Tensor, b: Tensor) -> float:
+    """The distance of ``a`` [N, D] and ``b`` [M, D], by the cheaper of two equal forms.
+
+    With fewer images than features the covariances are products of thin matrices, S = X^T X / (N - 1), and the trace of
+    (S_a S_b)^(1/2) is the sum of the singular values of X_a X_b^T, an N x M matrix instead of a D x D one.
+    """
+    if max(len(a), len(b)) >= a.shape[1]:
+        return frechet_distance(feature_statistics(a), feature_statistics(b))
+    x_a, x_b = a.double(), b.double()
+    means = (x_a.mean(dim=0) - x_b.mean(dim=0)).square().sum()
+    x_a = (x_a - x_a.mean(dim=0)) / (len(a) - 1) ** 0.5
+    x_b = (x_b - x_b.mean(dim=0)) / (len(b) - 1) ** 0.5
+    cross = torch.linalg.svdvals(x_a @ x_b.T).sum()
+    return max(0.0, float(means + x_a.square().sum() + x_b.square().sum() - 2 * cross))

@@ -7,7 +7,7 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError
 from fqdiff.evidence.bootstrap import difference_interval
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
-from fqdiff.evidence.frechet import feature_statistics, frechet_distance
+from fqdiff.evidence.frechet import frechet_distance_of_features
 from fqdiff.rng import generator
 from fqdiff.values import ClassifierWeights, Dataset, FidResult, SampleSet
 
@@ -43,13 +43,12 @@ def fid(
     # A source may be sorted by label, and MNIST's first half is neater than its second: take n at random, always the same.
     chosen = torch.randperm(len(reference), generator=generator(0, "reference"))[:n].sort().values
     reference = reference[chosen]
-    with context.progress(2 + (baseline is not None), "fid", "set") as bar:
+    with context.progress(2 + (baseline is not None) * (1 + config.resamples), "fid", "step") as bar:
         real = network.extract(reference)
         bar.update()
         fake = network.extract(samples.images[:n])
         bar.update()
-        real_statistics = feature_statistics(real)
-        distance = frechet_distance(real_statistics, feature_statistics(fake))
+        distance = frechet_distance_of_features(real, fake)
         difference, interval, image_error = None, None, None
         if baseline is not None:
             if baseline.seed != samples.seed or len(baseline.images) < n:
@@ -58,8 +57,10 @@ def fid(
                     "sample both with the same --seed and --count",
                 )
             base = network.extract(baseline.images[:n])
-            difference = distance - frechet_distance(real_statistics, feature_statistics(base))
-            interval = difference_interval(fake, base, real, generator(seed, "bootstrap"), config.resamples)
+            difference = distance - frechet_distance_of_features(real, base)
+            interval = difference_interval(
+                fake, base, real, generator(seed, "bootstrap"), config.resamples, tick=bar.update
+            )
             image_error = float(
                 (to_unit_range(samples.images[:n]) - to_unit_range(baseline.images[:n])).square().mean()
             )

@@ -26,6 +26,7 @@ from fqdiff.values import Checkpoint, Dataset, ModelSpec, predict_noise
 
 PREVIEW_IMAGES = 64
 PREVIEW_STEPS = 50
+LONG_STEP = 10.0  # seconds; a step that takes longer is not timed in full
 
 
 @dataclass
@@ -190,16 +191,20 @@ def preview(spec: ModelSpec, tensors: Mapping[str, Tensor], seed: int, device: t
 
 
 def estimate_seconds(config: TrainConfig, device: torch.device) -> float:
-    """What training will take, from timing a few small batches of random images on ``device``."""
+    """What training will take, from timing a few steps on random weights: full batches where they are quick enough."""
     spec = ModelSpec(config.architecture, config.schedule, config.prediction)
-    probe = min(8, config.batch_size)
-    shortened = TrainConfig(**{**vars(config), "batch_size": probe, "steps": 3})
-    state = initial_state(spec, shortened, 0, device)
-    images = torch.zeros(probe, *spec.image_shape, dtype=torch.uint8, device=device)
     schedule = spec.noise_schedule()
-    seconds = math.inf
-    for _ in range(shortened.steps):
-        start = time.monotonic()
-        train_step(state, state.network, images, schedule, shortened, 0)
-        seconds = min(seconds, time.monotonic() - start)
-    return seconds * config.batch_size / probe / distributed.world_size() * config.steps
+    probe = min(4, config.batch_size)
+    while True:
+        short = TrainConfig(**{**vars(config), "batch_size": probe, "steps": 3})
+        state = initial_state(spec, short, 0, device)
+        images = torch.zeros(probe, *spec.image_shape, dtype=torch.uint8, device=device)
+        step_seconds = math.inf
+        for _ in range(short.steps):
+            start = time.monotonic()
+            train_step(state, state.network, images, schedule, short, 0)
+            step_seconds = min(step_seconds, time.monotonic() - start)
+        seconds = step_seconds * config.batch_size / probe
+        if probe == config.batch_size or seconds > LONG_STEP:
+            return seconds / distributed.world_size() * config.steps
+        probe = config.batch_size

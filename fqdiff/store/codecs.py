@@ -20,6 +20,7 @@ from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import PackedTensor, part_layout, stored_bytes
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
 from fqdiff.store.files import MAKE_AGAIN, parse_json, plain_size, read_json, read_tensors, readable, write_tensors
+from fqdiff.store.parquet import unpacked_size
 from fqdiff.values import (
     Checkpoint,
     ClassifierWeights,
@@ -208,22 +209,13 @@ def load_fisher(directory: Path) -> FisherTable:
     path = directory / "fisher.parquet"
     size = plain_size(path)
     with readable(path, "a Fisher table"):
+        # Real tables hardly shrink: nearly all of their cells are measured numbers, whose bits look random.
+        cells, unpacked = unpacked_size(path)
+        if cells > max(size, 2**24) or unpacked > max(8 * size, 2**27):
+            raise ValueError(f"{size} bytes that unpack to {cells} cells of {unpacked} bytes")
         file = pq.ParquetFile(path, memory_map=False, read_dictionary=list(NAMES))
-        _check_unpacked_size(file.metadata, size)
         kind = text(mapping(parse_json(file.metadata.metadata[b"fqdiff"]))["kind"])
         return _fisher_table(kind, file.read())
-
-
-def _check_unpacked_size(facts: pq.FileMetaData, size: int) -> None:
-    """Raise ValueError for a file of ``size`` bytes that would take many times as much memory.
-
-    Real tables hardly shrink: nearly all of their cells are measured numbers, whose bits look random.
-    """
-    groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
-    cells = [group.column(i).num_values for group in groups for i in range(group.num_columns)]
-    unpacked = [group.total_byte_size for group in groups]
-    if min([0, *cells, *unpacked]) < 0 or sum(cells) > max(size, 2**24) or sum(unpacked) > max(8 * size, 2**27):
-        raise ValueError(f"{size} bytes that unpack to {sum(cells)} cells of {sum(unpacked)} bytes")
 
 
 def _fisher_table(kind: str, table: pa.Table) -> FisherTable:
@@ -369,7 +361,7 @@ def load_features(directory: Path) -> ClassifierWeights:
     with readable(path, "a classifier"):
         channels, size, width = (count(n) for n in items(facts["image_shape"]))
         classes = count(facts["classes"])
-        if size != width or not 0 < classes <= LABEL_LIMIT:
+        if size != width or not (channels and size and 0 < classes <= LABEL_LIMIT):
             raise ValueError(f"images of {size} x {width} pixels in {classes} classes")
         for name in tensors:
             _take(tensors, path, name, torch.float32, tensors[name].ndim)

@@ -6,6 +6,7 @@ Shapes: N images, C channels, H W pixels. Every source gives uint8 images at the
 import gzip
 import hashlib
 import importlib.util
+import math
 import os
 import socket
 import tarfile
@@ -161,7 +162,7 @@ def _idx_path(raw: Path, name: str) -> Path | None:
 def _idx_bytes(path: Path | None, name: str, raw: Path) -> bytes:
     if path is None:
         raise DataError(f"{name} is missing in {raw}", "download the four IDX files again")
-    limit = 100 * 2**20  # the largest real file has 47 MB; a gzip bomb would have no end
+    limit = 64 * 2**20  # the largest real file has 47 MB; a gzip bomb would have no end
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read(limit + 1)
@@ -178,8 +179,8 @@ def parse_idx(content: bytes, name: str) -> Tensor:
         raise DataError(f"{name} is no IDX file of bytes", "download it again")
     start = 4 + 4 * content[3]
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-    values = np.frombuffer(content, np.uint8, offset=min(start, len(content)))
-    if values.size != int(np.prod([int(n) for n in shape], dtype=object)):
+    values = np.frombuffer(content[start:], np.uint8)
+    if len(content) < start or values.size != math.prod(shape):
         raise DataError(f"{name} holds {values.size} values for shape {shape}", "it is truncated; download it again")
     return torch.from_numpy(values.copy()).reshape(shape)
 

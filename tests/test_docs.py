@@ -1,0 +1,67 @@
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner
+
+from fqdiff.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("examples") / "store")
+    for command in (
+        ["train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "5"],
+        ["fisher", "--timesteps", "3"],
+    ):
+        result = CliRunner(env={"FQDIFF_STORE": folder}).invoke(app, [*command, "--quiet"])
+        assert result.exit_code == 0, result.stderr
+    return folder
+
+
+def test_the_command_page_equals_the_commands_help() -> None:
+    generated = load(ROOT / "docs" / "generate_cli.py").generate()
+    assert (ROOT / "docs" / "cli.md").read_text() == generated, "run python docs/generate_cli.py"
+
+
+def test_the_formats_example_runs_and_fewer_bits_mean_more_error(store: str) -> None:
+    errors = load(ROOT / "examples" / "compare_formats.py").main(store, count=8, steps=3)
+    assert errors["float16"] < errors["int8"] < errors["int4"]
+
+
+def test_the_fisher_example_names_tensors(store: str) -> None:
+    names = load(ROOT / "examples" / "query_fisher.py").main(store)
+    assert len(set(names)) == 5
+    assert "head.output.weight" in names
+
+
+def test_every_command_in_the_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "concepts.md").read_text()
+    known = {c.name for c in app.registered_commands} | {g.name for g in app.registered_groups}
+    used = set(re.findall(r"fqdiff ([a-z]+)", text))
+    assert used
+    assert used <= known | {"diff"}
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_nothing_committed_names_a_path_of_this_machine() -> None:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]:
+        assert not re.search(r"/(root|home/\w+|tmp)/", path.read_text()), path
