@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import fqdiff
-from fqdiff.cli import run, stages, store, train
+from fqdiff.cli import fid, fisher, plan, quantize, run, sample, store, train
 
 app = typer.Typer(
     name="fqdiff",
@@ -19,13 +19,13 @@ app = typer.Typer(
 PIPELINE = "Pipeline, in order of use"
 HOUSE = "Everything else"
 app.command("train", rich_help_panel=PIPELINE, epilog=train.EXAMPLE)(train.train)
-app.command("fisher", rich_help_panel=PIPELINE, epilog="Example: fqdiff fisher --timesteps 1000")(stages.fisher)
-app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(stages.plan)
-app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output smaller.safetensors")(
-    stages.quantize
+app.command("fisher", rich_help_panel=PIPELINE, epilog="Example: fqdiff fisher --timesteps 1000")(fisher.fisher)
+app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(plan.plan)
+app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(
+    quantize.quantize
 )
-app.command("sample", rich_help_panel=PIPELINE, epilog="Example: fqdiff sample --count 1000 --steps 50")(stages.sample)
-app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --features digits")(stages.fid)
+app.command("sample", rich_help_panel=PIPELINE, epilog="Example: fqdiff sample --count 1000 --steps 50")(sample.sample)
+app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --features digits")(fid.fid)
 app.command("run", rich_help_panel=HOUSE, epilog="Example: fqdiff run demo")(run.run)
 app.add_typer(store.app, name="store", rich_help_panel=HOUSE)
 

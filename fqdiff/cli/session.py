@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from fqdiff.context import Bar
-    from fqdiff.pipeline import Runner
+    from fqdiff.pipeline import Runner, Step
     from fqdiff.store.manifest import Manifest
     from fqdiff.store.store import Store
 
@@ -140,11 +140,22 @@ class Session:
         context = Context(device=self.device, progress=self.progress, stop_requested=self._poll)
         return Runner(self.store, context, self.note, " ".join(["fqdiff", *sys.argv[1:]]), self.force)
 
-    def finish(self, manifest: "Manifest") -> None:
-        """Give the result its name, if one was asked for, and say what it took."""
+    def make(self, step: "Step", facts: Mapping[str, object] | None = None) -> "Manifest | None":
+        """The artifact of ``step``, named if a name was asked for; with --dry-run what it would be is shown, and None.
+
+        ``facts`` join what --dry-run shows with --json.
+        """
+        if self.dry_run:
+            exists = self.store.find(step.kind, step.id) is not None
+            recipe = {"kind": step.kind, "id": step.id, "exists": exists, "config": dict(step.recipe.config)}
+            data = {**recipe, **(facts or {})}
+            self.result(data, lambda: f"would make {step.kind} {step.id}" + (" (it is there)" if exists else ""))
+            return None
+        manifest = self.runner.run(step)
         if self.name is not None:
             self.store.give_name(self.name, manifest)
         self.tell_cost(manifest)
+        return manifest
 
     def tell_cost(self, manifest: "Manifest") -> None:
         """With --verbose, the time and memory that an artifact took."""

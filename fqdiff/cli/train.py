@@ -10,6 +10,8 @@ from fqdiff.configs import DatasetConfig, Preset, TrainConfig, get_preset
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
 
@@ -101,7 +103,7 @@ def train(
     from fqdiff.store.sources import image_channels
 
     if resume:
-        finish_training(session, interrupted_step(session))
+        finish_training(session, interrupted_step(session), {})
         return
     preset_name = preset or session.from_file("train", "preset") or "small"
     chosen = get_preset(str(preset_name))
@@ -133,28 +135,22 @@ def train(
     where = f"{session.device} with {torch.get_num_threads()} threads"
     cost = f"{config.steps} steps of {config.batch_size} images, about {duration(seconds)} on {where}"
     session.note(f"preset {preset_name}: {parameters:,} parameters, {mebibytes(4 * parameters)} in float32; {cost}")
-    if session.dry_run:
-        data_out = {
-            "kind": step.kind,
-            "id": step.id,
-            "exists": found is not None,
-            "preset": preset_name,
-            "parameters": parameters,
-            "bytes_float32": 4 * parameters,
-            "dataset": data.name,
-            "steps": config.steps,
-            "estimated_seconds": round(seconds, 1),
-        }
-        session.result(data_out, lambda: f"would make checkpoint {step.id}" + (" (it is there)" if found else ""))
-        return
-    finish_training(session, step)
+    facts = {
+        "preset": preset_name,
+        "parameters": parameters,
+        "bytes_float32": 4 * parameters,
+        "dataset": data.name,
+        "steps": config.steps,
+        "estimated_seconds": round(seconds, 1),
+    }
+    finish_training(session, step, facts)
 
 
-def finish_training(session: Session, step: "Step") -> None:
-    """Run ``step`` and show the checkpoint."""
-    manifest = session.runner.run(step)
-    session.finish(manifest)
-    show_checkpoint(session, manifest)
+def finish_training(session: Session, step: "Step", facts: "Mapping[str, object]") -> None:
+    """Run ``step`` and show the checkpoint; ``facts`` are for --dry-run."""
+    manifest = session.make(step, facts)
+    if manifest is not None:
+        show_checkpoint(session, manifest)
 
 
 def show_checkpoint(session: Session, manifest: "Manifest") -> None:
@@ -164,7 +160,6 @@ def show_checkpoint(session: Session, manifest: "Manifest") -> None:
     parameters = sum(t.numel() for t in value.tensors.values())
     last = float(value.loss[-max(1, len(value.loss) // 20) :].mean())
     data = {**artifact_data(session.store, manifest), "parameters": parameters, "loss": last}
-
     size = next(f.bytes for f in manifest.files if f.name == "model.safetensors")
 
     def text() -> str:
@@ -185,7 +180,7 @@ def interrupted_step(session: Session) -> "Step":
     recipe = last_unfinished(session.store, "checkpoint")
     if recipe is None:
         raise ArtifactNotFound(f"no interrupted training in {session.store.root}", "start one with fqdiff train")
-    source = next((i for i in recipe.inputs if i.role == "dataset"), None)
+    source = recipe.input("dataset")
     dataset = session.store.find("dataset", source.id) if source else None
     if dataset is None:
         raise ConfigError("the data set of the interrupted training is gone", "start over with fqdiff train --force")

@@ -49,6 +49,10 @@ class Recipe:
             raise ConfigError(f"a setting of {self.stage} is NaN or infinite", "use finite numbers") from None
         return hashlib.sha256(canonical.encode()).hexdigest()[:ID_LENGTH]
 
+    def input(self, role: str) -> Input | None:
+        """The input that fills ``role``."""
+        return next((i for i in self.inputs if i.role == role), None)
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -84,7 +88,7 @@ class Manifest:
 
     def input(self, role: str) -> Input | None:
         """The input that fills ``role``."""
-        return next((i for i in self.recipe.inputs if i.role == role), None)
+        return self.recipe.input(role)
 
 
 def to_json(manifest: Manifest) -> str:

@@ -1,0 +1,150 @@
+"""``fqdiff fid``: a plan or model named is quantized and sampled on the way."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fqdiff.cli.quantize import quantize_step
+from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.show import artifact_data
+from fqdiff.configs import ClassifierConfig, FidConfig, SampleConfig
+from fqdiff.errors import ArtifactNotFound, ConfigError
+
+if TYPE_CHECKING:
+    from fqdiff.pipeline import External, Step
+    from fqdiff.store.manifest import Manifest
+    from fqdiff.values import FidResult
+
+
+@common()
+def fid(
+    session: Session,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Samples; or a plan or model, which is sampled first.",
+            show_default="the latest of these",
+            metavar="[REF]",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Baseline samples of the same seed.", show_default="the full-precision model's, if sampled"),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="inception or digits.", show_default="inception if its weights are at hand, else digits"),
+    ] = None,
+    inception_weights: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="FQDIFF_INCEPTION",
+            help="clean-fid's inception-2015-12-05.pt, from a source you trust: it is executable.",
+        ),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=2, help="Images of each set.", show_default="as many as both sets have")
+    ] = None,
+) -> None:
+    """Compare generated images with held-out real ones (Fréchet distance)."""
+    from fqdiff.pipeline import Step
+
+    samples, baseline = fid_samples(session, source, count, against)
+    if session.dry_run and isinstance(samples, Step) and session.store.find(samples.kind, samples.id) is None:
+        session.make(samples)
+        return
+    made = session.runner.run(samples) if isinstance(samples, Step) else samples
+    base = session.runner.run(baseline) if isinstance(baseline, Step) else baseline
+    dataset = ancestor(session, made, "dataset")
+    network = choose_features(session, features, inception_weights, dataset)
+    inputs: dict[str, Step | Manifest | External] = {"samples": made, "dataset": dataset, "features": network}
+    if base is not None:
+        inputs["baseline"] = base
+    step = Step("fid", inputs, session.settings("fid", FidConfig, {}, count=count))
+    manifest = session.make(step)
+    if manifest is None:
+        return
+    value: FidResult = session.runner.load(manifest)
+    session.result({**artifact_data(session.store, manifest), **vars(value)}, lambda: fid_text(manifest, value))
+
+
+def fid_samples(
+    session: Session, ref: str | None, count: int | None, against: str | None
+) -> "tuple[Step | Manifest, Step | Manifest | None]":
+    """The samples to judge and their baseline. A plan is quantized and a model sampled on the way.
+
+    The baseline is the one named; else, for a quantized model, samples of its checkpoint made in the same way: where they
+    exist, or where samples are being made anyway.
+    """
+    from fqdiff.pipeline import Step
+
+    found = session.resolve(ref, ("samples", "quantized", "plan", "checkpoint"))
+    named = session.store.resolve(against, ("samples",)) if against is not None else None
+    if found.kind == "samples":
+        model = only_input(session, found, "model")
+        if named is not None or model.kind == "checkpoint":
+            return found, named
+        recipe = found.recipe
+        full = Step(
+            "sample", {"model": ancestor(session, model, "checkpoint")}, SampleConfig(**recipe.config), recipe.seed
+        )
+        return found, session.store.find(full.kind, full.id)
+    dataset = session.runner.load(ancestor(session, found, "dataset"))
+    config = session.settings(
+        "sample", SampleConfig, {"count": count or min(SampleConfig.count, len(dataset.reference))}
+    )
+    quantized = quantize_step(session, found) if found.kind == "plan" else found
+    session.note(f"samples: making {config.count} with {config.sampler} in {config.steps} steps, seed {session.seed}")
+    samples = Step("sample", {"model": quantized}, config, session.seed)
+    if found.kind == "checkpoint":
+        return samples, named
+    return samples, named or Step("sample", {"model": ancestor(session, found, "checkpoint")}, config, session.seed)
+
+
+def ancestor(session: Session, manifest: "Manifest", kind: str) -> "Manifest":
+    """The nearest artifact of ``kind`` that ``manifest`` was made from."""
+    found = next((m for _, m, _, _ in session.store.lineage(manifest) if m is not None and m.kind == kind), None)
+    if found is None:
+        raise ArtifactNotFound(
+            f"the {kind} behind {manifest.kind} {manifest.id} is gone", "make it again, or name another"
+        )
+    return found
+
+
+def choose_features(
+    session: Session, asked: str | None, weights: Path | None, dataset: "Manifest"
+) -> "Step | External":
+    """The feature network asked for; without a choice Inception if its weights are at hand, else digits, and a note."""
+    from fqdiff.pipeline import External, Step
+    from fqdiff.store.inception import find_inception, load_inception
+
+    if asked not in (None, "inception", "digits"):
+        raise ConfigError(f"unknown features '{asked}'", "one of: inception, digits")
+    if asked is None:
+        asked = "inception" if weights or find_inception() else "digits"
+        reason = "" if asked == "inception" else " (no Inception weights at hand: --inception-weights FILE)"
+        session.note(f"features: {asked}{reason}")
+    if asked == "inception":
+        network = load_inception(weights)
+        return External("inception", network.sha256[:16], network)
+    return Step("classifier", {"dataset": dataset}, session.settings("classifier", ClassifierConfig, {}))
+
+
+def fid_text(manifest: "Manifest", value: "FidResult") -> str:
+    """The result in words: the number, what it depends on, and how sure the difference is."""
+    lines = [
+        f"FID {value.features} {value.fid:.3f}  (N = {value.n}, seed {value.seed}, metrics {manifest.id})",
+        f"features: {value.features}, {value.dimension} dimensions, sha256 {value.features_sha256[:16]}",
+        f"reference: {value.reference}; mean pixel {value.image_mean:+.3f}, reference {value.reference_mean:+.3f}",
+    ]
+    if value.confidence is not None:
+        lines.append(f"mean top-1 confidence of the classifier: {value.confidence:.3f}")
+    if value.difference is not None and value.interval is not None:
+        low, high = value.interval
+        verdict = "not distinguishable at the 95 % level" if low <= 0 <= high else "distinguishable at the 95 % level"
+        lines.append(f"mean squared pixel difference to the baseline, same noise: {value.image_error:.2e}")
+        lines.append(
+            f"difference to the baseline: {value.difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: {verdict}"
+        )
+    return "\n".join(lines)
