@@ -23,6 +23,7 @@ from fqdiff import distributed
 from fqdiff.context import Context
 from fqdiff.errors import LineageError
 from fqdiff.store.codecs import CODECS
+from fqdiff.store.fields import printable
 from fqdiff.store.files import disk_error
 from fqdiff.store.manifest import Input, Manifest, Recipe
 from fqdiff.store.parts import StoredParts
@@ -190,7 +191,7 @@ class Runner:
             recipe,
             recipe.id,
             datetime.now(UTC).isoformat(timespec="microseconds"),
-            self.command,
+            printable(self.command),
             (),
             environment(str(self.context.device)),
             round(seconds, 3),

@@ -464,6 +464,13 @@ def test_force_replaces_an_artifact_whose_manifest_is_damaged(store: Store, toy_
     assert Runner(store, force=True).run(toy_step).files == first.files
 
 
+@pytest.mark.parametrize("command", ["fqdiff --store caf\udce9", "fqdiff " + "x" * 20_000])
+def test_any_command_line_can_be_recorded(command: str, store: Store, toy_step: Step) -> None:
+    manifest = Runner(store, command=command).run(toy_step)
+    assert store.find(manifest.kind, manifest.id) == manifest
+    assert manifest.command.startswith("fqdiff ")
+
+
 def test_files_get_the_permissions_of_the_umask(store: Store, toy_step: Step) -> None:
     before = os.umask(0o027)
     try:
@@ -477,15 +484,20 @@ def test_files_get_the_permissions_of_the_umask(store: Store, toy_step: Step) ->
 
 SCRIPT = """
 import os, signal, sys, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import fqdiff.pipeline as pipeline
 from fqdiff.store.store import Store
-from tests.test_store import ToyConfig, tiny_value
+from fqdiff.values import FidResult
+
+@dataclass(frozen=True)
+class ToyConfig:
+    label: str = "toy"
 
 def toy(config, seed, context):
     time.sleep(1)
-    return tiny_value("metrics")
+    return FidResult(1.5, 10, "digits", "0" * 64, 84, "noise", 0, 0.1, -0.2, 0.9, 0.25, (-0.5, 0.5))
 
 pipeline.STAGES = {**pipeline.STAGES, "toy-metrics": pipeline.Stage("metrics", "__main__:toy")}
 runner = pipeline.Runner(Store(Path(sys.argv[1])), say=print)

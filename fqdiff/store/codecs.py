@@ -236,7 +236,7 @@ def _fisher_table(kind: str, table: pa.Table) -> FisherTable:
     }
     if (rows(tensor) != tensor[starts, None]).any() or any((v != v[:, :1]).any() for v in per_tensor.values()):
         raise ValueError("its rows are not sorted by tensor")
-    timesteps = rows(table["timestep"])
+    timesteps = rows(table["timestep"]).astype(np.int64)
     if (timesteps != timesteps[0]).any() or (np.diff(timesteps[0], prepend=-1) <= 0).any():
         raise ValueError("its timesteps do not rise, or differ between tensors")
     samples = per_tensor["n_samples"]
@@ -258,7 +258,7 @@ def _fisher_table(kind: str, table: pa.Table) -> FisherTable:
             raise ValueError(f"a value of '{name}' is negative or not finite")
         block = text(blocks.dictionary[int(per_tensor["block"][i, 0])].as_py())
         entries[name] = FisherEntry(block, int(per_tensor["numel"][i, 0]), *values)
-    return FisherTable(kind, torch.tensor(timesteps[0]).long(), int(samples[0, 0]), entries)
+    return FisherTable(kind, torch.tensor(timesteps[0]), int(samples[0, 0]), entries)
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------

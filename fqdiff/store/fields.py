@@ -21,6 +21,11 @@ def text(value: Any) -> str:
     return value
 
 
+def printable(value: str) -> str:
+    """``value`` as :func:`text` takes it: bytes of a path that are no UTF-8 written out, and cut where it is very long."""
+    return value.encode("utf-8", "backslashreplace").decode()[:TEXT_LIMIT]
+
+
 def count(value: Any) -> int:
     """A whole number from 0 that fits 64 bits."""
     if type(value) is not int or not 0 <= value < COUNT_LIMIT:

@@ -25,6 +25,7 @@ from fqdiff.configs import DatasetConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError
 from fqdiff.rng import generator
+from fqdiff.store.fields import printable
 from fqdiff.store.torchvision import import_torchvision
 from fqdiff.values import Dataset
 
@@ -83,7 +84,7 @@ def load_dataset(config: DatasetConfig, seed: int, context: Context) -> Dataset:
             f"the files of data set '{config.name}' have changed", "run the command again to use the new ones"
         )
     images, labels, held_out = source.load(config.image_size)
-    return Dataset(config.name, images, labels, held_out, torch.arange(len(images)))
+    return Dataset(printable(config.name), images, labels, held_out, torch.arange(len(images)))
 
 
 def open_source(name: str) -> Source:
