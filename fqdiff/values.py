@@ -23,16 +23,15 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images with their split. ``images`` uint8 [N, C, H, W], ``labels`` int64 [N] or None, ``held_out`` bool [N].
+    """Images in the order of their source, train files first, with their split.
 
-    ``origin`` int64 [N] is each image's position in its source, train files first.
+    ``images`` uint8 [N, C, H, W], ``labels`` int64 [N] or None, ``held_out`` bool [N].
     """
 
     name: str
     images: Tensor
     labels: Tensor | None
     held_out: Tensor
-    origin: Tensor
 
     @property
     def train(self) -> Tensor:

@@ -26,7 +26,7 @@ def tiny_config(**changes: object) -> TrainConfig:
 @pytest.fixture(scope="session")
 def dataset() -> Dataset:
     images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator(0, "test images"))
-    return Dataset("noise", images, torch.arange(60) % 3, torch.arange(60) >= 40, torch.arange(60))
+    return Dataset("noise", images, torch.arange(60) % 3, torch.arange(60) >= 40)
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def test_missing_and_wrong_inception_weights_are_one_clear_error(tmp_path: Path)
 
 def test_the_classifier_learns_and_is_deterministic(dataset: Dataset) -> None:
     bright = torch.arange(60)[:, None, None, None] % 3 * 100 + torch.randint(0, 50, (60, 1, 8, 8))
-    easy = Dataset("easy", bright.to(torch.uint8), dataset.labels, dataset.held_out, dataset.origin)
+    easy = Dataset("easy", bright.to(torch.uint8), dataset.labels, dataset.held_out)
     first, second = (classifier(easy, ClassifierConfig(epochs=30, batch_size=10), 0, Context()) for _ in range(2))
     assert first.accuracy == 1.0
     assert first.feature_network().sha256 == second.feature_network().sha256
@@ -178,7 +178,7 @@ def test_the_classifier_learns_and_is_deterministic(dataset: Dataset) -> None:
 
 
 def test_a_data_set_without_labels_has_no_digits_features(dataset: Dataset) -> None:
-    unlabelled = Dataset("plain", dataset.images, None, dataset.held_out, dataset.origin)
+    unlabelled = Dataset("plain", dataset.images, None, dataset.held_out)
     with pytest.raises(DataError, match="no labels"):
         classifier(unlabelled, ClassifierConfig(), 0, Context())
 
@@ -271,7 +271,7 @@ def test_the_image_error_is_taken_between_images_of_the_same_noise(dataset: Data
 def test_a_part_of_the_reference_is_drawn_at_random_and_always_the_same(dataset: Dataset) -> None:
     """Sources sorted by label: the first half of the held-out images would be half of the classes."""
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(-1, 1, 8, 8)
-    ordered = Dataset("ordered", images, None, dataset.held_out, dataset.origin)
+    ordered = Dataset("ordered", images, None, dataset.held_out)
     one, other = (run_fid(SampleSet(images[:10].clone(), seed), ordered) for seed in (0, 1))
     assert one.reference == "ordered, 10 of 20 held-out images"
     assert one.reference_mean == other.reference_mean

@@ -91,7 +91,7 @@ def tiny_value(kind: str) -> Any:
         name: PerChannel(0) if i % 2 and chosen[name].is_integer else PerTensor() for i, name in enumerate(tensors)
     }
     if kind == "dataset":
-        return Dataset("noise", tiny_images(10), torch.arange(10) % 3, torch.arange(10) >= 8, torch.arange(10))
+        return Dataset("noise", tiny_images(10), torch.arange(10) % 3, torch.arange(10) >= 8)
     if kind == "checkpoint":
         return Checkpoint(spec, tensors, torch.rand(5, generator=draw), tiny_images(4))
     if kind == "fisher":

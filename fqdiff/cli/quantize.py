@@ -30,9 +30,10 @@ def quantize(
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
-    file = next(f for f in manifest.files if f.name == "model.safetensors")
+    file = manifest.file("model.safetensors")
     path = session.store.directory(manifest.kind, manifest.id) / file.name
     if output is not None:
+        session.store.verify(manifest)
         copy_out(path, output)
     data = {
         **artifact_data(session.store, manifest),

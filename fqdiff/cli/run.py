@@ -100,7 +100,7 @@ def show_steps(session: Session, steps: "list[tuple[str, Any]]") -> None:
 def row_data(session: Session, chain: "Chain", row: "ModelSteps", made: "Mapping[str, Manifest]") -> dict[str, Any]:
     """Numbers of one model, each with the id of the artifact it comes from."""
     metrics = session.runner.load(made[row.fid.id])
-    file_bytes = next(f.bytes for f in made[row.model.id].files if f.name == "model.safetensors")
+    file_bytes = made[row.model.id].file("model.safetensors").bytes
     parameters = sum(t.numel() for t in session.runner.load(made[chain.checkpoint.id]).tensors.values())
     return {
         "model": row.label,
@@ -161,6 +161,6 @@ def save_picture(session: Session, size: str, chain: "Chain", made: "Mapping[str
     reference = session.runner.load(made[chain.dataset.id]).reference
     spread = torch.linspace(0, len(reference) - 1, PICTURE_COLUMNS).long()  # a source may be sorted by label
     picture = labelled_rows([*rows, ("held-out real images", reference[spread])])
-    path = session.store.root / "pictures" / f"{size}-{chain.models[0].samples.id}.png"
+    path = session.store.inside("pictures", f"{size}-{chain.models[0].samples.id}.png")
     write_atomically(path, png(picture))
     return path

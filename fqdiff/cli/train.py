@@ -160,7 +160,7 @@ def show_checkpoint(session: Session, manifest: "Manifest") -> None:
     parameters = sum(t.numel() for t in value.tensors.values())
     last = float(value.loss[-max(1, len(value.loss) // 20) :].mean())
     data = {**artifact_data(session.store, manifest), "parameters": parameters, "loss": last}
-    size = next(f.bytes for f in manifest.files if f.name == "model.safetensors")
+    size = manifest.file("model.safetensors").bytes
 
     def text() -> str:
         return (
@@ -184,4 +184,8 @@ def interrupted_step(session: Session) -> "Step":
     dataset = session.store.find("dataset", source.id) if source else None
     if dataset is None:
         raise ConfigError("the data set of the interrupted training is gone", "start over with fqdiff train --force")
-    return Step("train", {"dataset": dataset}, TrainConfig(**dict(recipe.config)), recipe.seed)
+    try:
+        config = TrainConfig(**dict(recipe.config))
+    except TypeError as error:
+        raise ConfigError(f"the interrupted training has other settings: {error}", "start over with --force") from None
+    return Step("train", {"dataset": dataset}, config, recipe.seed)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fqdiff.errors import ConfigError
 
 TIME_EMBEDDINGS = ("sliced", "learned")
+TIME_TABLE_LIMIT = 2**23  # timesteps x channels: even a network without weights holds this table; the paper's has 2**19
+IMAGE_SIZE_LIMIT = 4096
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
@@ -57,8 +59,13 @@ def check_config(config: UNetConfig) -> None:
         raise ConfigError(
             f"attention in blocks {config.attention_blocks} with {config.num_heads} heads", "blocks are 1-6"
         )
-    if config.image_size % 8:
-        raise ConfigError(f"image_size {config.image_size} is not a multiple of 8", "three blocks halve the resolution")
+    if config.image_size % 8 or config.image_size > IMAGE_SIZE_LIMIT:
+        raise ConfigError(
+            f"image_size {config.image_size} is not a multiple of 8 up to {IMAGE_SIZE_LIMIT}",
+            "three blocks halve the resolution",
+        )
+    if config.num_train_timesteps * max(config.time_channels, *c) > TIME_TABLE_LIMIT:
+        raise ConfigError(f"{config.num_train_timesteps} timesteps for channels {c}", "use fewer timesteps, e.g. 1000")
     if config.time_embedding not in TIME_EMBEDDINGS:
         raise ConfigError(f"unknown time embedding '{config.time_embedding}'", f"one of: {', '.join(TIME_EMBEDDINGS)}")
     if config.activation not in ACTIVATIONS:

@@ -159,23 +159,29 @@ def snapshot(state: Training) -> Part:
 
 
 def restore(state: Training, part: Part) -> None:
-    """Put ``part`` into a fresh ``state``, in place."""
+    """Put ``part`` into a fresh ``state``, in place. Raises ConfigError where it does not fit."""
 
     def section(prefix: str) -> Mapping[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in part.tensors.items() if k.startswith(prefix)}
 
-    step = part.data.get("step")
-    if not isinstance(step, int) or part.tensors["loss"].shape != state.loss.shape:
-        raise ConfigError("the saved training state is of another recipe", "start over with --force")
-    state.network.load_state_dict(section("network."))
-    state.average.load_state_dict(section("average."))
-    optimizer = state.optimizer.state_dict()
-    optimizer["state"] = {}
-    for key, value in section("optimizer.").items():
-        index, name = key.split(".", 1)
-        optimizer["state"].setdefault(int(index), {})[name] = value
-    state.optimizer.load_state_dict(optimizer)
-    state.loss.copy_(part.tensors["loss"])
+    try:
+        step = part.data["step"]
+        if not isinstance(step, int) or not 0 <= step <= len(state.loss):
+            raise ValueError(f"step {step} of {len(state.loss)}")
+        state.network.load_state_dict(section("network."))
+        state.average.load_state_dict(section("average."))
+        optimizer = state.optimizer.state_dict()
+        optimizer["state"] = {}
+        for key, value in section("optimizer.").items():
+            index, name = key.split(".", 1)
+            optimizer["state"].setdefault(int(index), {})[name] = value
+        state.optimizer.load_state_dict(optimizer)
+        state.loss.copy_(part.tensors["loss"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the saved training state is of another recipe ({reason})", "start over with --force"
+        ) from None
     state.step = step
 
 

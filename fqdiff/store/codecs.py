@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fqdiff.errors import ArtifactCorrupt
 from fqdiff.evidence.digits import DigitClassifier
-from fqdiff.models.registry import build, unet_config
+from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import PackedTensor, part_layout, stored_bytes
@@ -41,7 +41,6 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 LABEL_LIMIT = 65_536
-TIME_TABLE_LIMIT = 2**23  # a network without weights still holds a table of timesteps x channels; the paper's has 2**19
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _check_parameters(network: nn.Module, shapes: Mapping[str, tuple[int, ...]])
 
 
 def save_dataset(value: Dataset, directory: Path) -> None:
-    tensors = {"images": value.images, "held_out": value.held_out, "origin": value.origin}
+    tensors = {"images": value.images, "held_out": value.held_out}
     if value.labels is not None:
         tensors["labels"] = value.labels
     write_tensors(directory / "images.safetensors", tensors, {"fqdiff": json.dumps({"name": value.name})})
@@ -95,17 +94,16 @@ def save_dataset(value: Dataset, directory: Path) -> None:
 def load_dataset(directory: Path) -> Dataset:
     path = directory / "images.safetensors"
     tensors, meta = read_tensors(path)
-    _expect_names(tensors, path, "images", "labels", "held_out", "origin")
+    _expect_names(tensors, path, "images", "labels", "held_out")
     images = _take(tensors, path, "images", torch.uint8, 4)
     held_out = _take(tensors, path, "held_out", torch.bool, 1)
-    origin = _take(tensors, path, "origin", torch.int64, 1)
     labels = _take(tensors, path, "labels", torch.int64, 1) if "labels" in tensors else None
-    lengths = {len(t) for t in (images, held_out, origin, *([labels] if labels is not None else []))}
+    lengths = {len(t) for t in (images, held_out, *([labels] if labels is not None else []))}
     _expect(len(lengths) == 1, path, f"tensors of different lengths {sorted(lengths)}")
     _expect(not held_out.all(), path, "it has no training image")
     _expect(labels is None or 0 <= int(labels.min()) <= int(labels.max()) < LABEL_LIMIT, path, "labels out of range")
     with readable(path, "a data set"):
-        return Dataset(text(meta["name"]), images, labels, held_out, origin)
+        return Dataset(text(meta["name"]), images, labels, held_out)
 
 
 # --- checkpoint ------------------------------------------------------------------------------------------------------
@@ -117,9 +115,6 @@ def _model_spec(meta: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
         raise ValueError(f"schema {str(meta['schema'])[:20]}; this fqdiff reads schema {SCHEMA}")
     model = mapping(meta["model"])
     spec = ModelSpec(mapping(model["architecture"]), text(model["schedule"]), text(model["prediction"]))
-    config = unet_config(spec.architecture)
-    if config.num_train_timesteps * max(config.time_channels, *config.channels) > TIME_TABLE_LIMIT:
-        raise ValueError(f"{config.num_train_timesteps} timesteps for channels {config.channels}")
     network = build(spec.architecture, "meta")
     _check_parameters(network, shapes)
     # Used once, so that a setting that is missing or unknown shows here.

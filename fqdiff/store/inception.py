@@ -15,9 +15,13 @@ FILE = "inception-2015-12-05.pt"
 
 
 def find_inception() -> Path | None:
-    """The weights where clean-fid keeps them, in the system's temporary folder; None where they are not."""
+    """The weights where clean-fid keeps them, in the system's temporary folder; None where they are not.
+
+    Others may write to that folder, and the file can execute: it counts only if it belongs to this user.
+    """
     path = Path(tempfile.gettempdir()) / FILE
-    return path if path.is_file() else None
+    mine = path.is_file() and (not hasattr(os, "getuid") or path.stat().st_uid == os.getuid())
+    return path if mine else None
 
 
 def load_inception(weights: Path | None) -> FeatureNetwork:

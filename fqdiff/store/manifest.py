@@ -90,6 +90,13 @@ class Manifest:
         """The input that fills ``role``."""
         return self.recipe.input(role)
 
+    def file(self, name: str) -> FileRecord:
+        """The payload file called ``name``. Raises ArtifactCorrupt where there is none."""
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise ArtifactCorrupt(f"{self.kind} {self.id} has no file {name}", "remove the artifact and make it again")
+
 
 def to_json(manifest: Manifest) -> str:
     """The text of ``manifest.json``."""

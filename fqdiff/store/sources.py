@@ -84,7 +84,7 @@ def load_dataset(config: DatasetConfig, seed: int, context: Context) -> Dataset:
             f"the files of data set '{config.name}' have changed", "run the command again to use the new ones"
         )
     images, labels, held_out = source.load(config.image_size)
-    return Dataset(printable(config.name), images, labels, held_out, torch.arange(len(images)))
+    return Dataset(printable(config.name), images, labels, held_out)
 
 
 def open_source(name: str) -> Source:
