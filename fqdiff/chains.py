@@ -50,19 +50,26 @@ class Chain:
             yield f"fid: {row.label}", row.fid
 
 
-def make_chain(checkpoint: Step, fisher: FisherConfig, sample: SampleConfig, seed: int) -> Chain:
+def make_chain(
+    checkpoint: Step,
+    fisher: FisherConfig,
+    sample: SampleConfig,
+    classifier_config: ClassifierConfig,
+    fid: FidConfig,
+    seed: int,
+) -> Chain:
     """The chain that starts at ``checkpoint``: FP32 and every plan of PLANS, all sampled with the same seed."""
     dataset = checkpoint.inputs["dataset"]
     assert isinstance(dataset, Step)
     table = Step("fisher", {"checkpoint": checkpoint, "dataset": dataset}, fisher, seed)
-    classifier = Step("classifier", {"dataset": dataset}, ClassifierConfig())
+    classifier = Step("classifier", {"dataset": dataset}, classifier_config)
     full = Step("sample", {"model": checkpoint}, sample, seed)
 
     def row(label: str, plan: Step | None, model: Step, samples: Step) -> ModelSteps:
         inputs = {"samples": samples, "dataset": dataset, "features": classifier}
         if plan is not None:
             inputs["baseline"] = full
-        return ModelSteps(label, plan, model, samples, Step("fid", inputs, FidConfig()))
+        return ModelSteps(label, plan, model, samples, Step("fid", inputs, fid))
 
     rows = [row("FP32", None, checkpoint, full)]
     for label, config in PLANS.items():

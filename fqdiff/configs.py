@@ -3,9 +3,22 @@
 A field is a recipe field: changing it changes the artifact's id. Where to compute (device, batch size) is not one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from fqdiff.errors import require
+from fqdiff.errors import ConfigError, require
+from fqdiff.groups import parse_groups
+
+Config = TypeVar("Config")
+
+
+def config_from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
+    """The config that a recipe holds as plain data. Raises ConfigError where it does not fit: it may come from a stranger."""
+    try:
+        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in data.items()})
+    except TypeError as error:
+        raise ConfigError(f"settings of another fqdiff: {error}", "make the artifact again") from None
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,9 @@ class TrainConfig:
         require(self.steps >= 1, f"steps is {self.steps}", "train for at least one step")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "use 1 or more")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}", "use a positive rate, e.g. 1e-3")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}", "use 0 or more")
+        require(self.warmup >= 0, f"warmup is {self.warmup}", "use 0 or more steps")
+        require(self.clip_norm >= 0, f"clip_norm is {self.clip_norm}", "use 0 (no clipping) or more")
         require(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}", "use a value in [0, 1), e.g. 0.999")
         require(self.optimizer in ("adam", "adamw"), f"unknown optimizer '{self.optimizer}'", "one of: adam, adamw")
         require(self.decay in ("none", "cosine"), f"unknown decay '{self.decay}'", "one of: none, cosine")
@@ -84,6 +100,12 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
+        groups = parse_groups(self.groups)
+        require(
+            len(self.thresholds) in (0, len(groups)),
+            f"{len(self.thresholds)} thresholds for {len(groups)} groups '{self.groups}'",
+            "one per group, e.g. 0.1/0.01/0.1",
+        )
         require(0 <= self.ratio <= 1, f"ratio is {self.ratio}", "the share of tensors that stays high, in [0, 1]")
         require(self.threshold >= 0, f"threshold is {self.threshold}", "Fisher values are 0 or more")
         require(all(t >= 0 for t in self.thresholds), f"thresholds {self.thresholds}", "Fisher values are 0 or more")
@@ -115,6 +137,7 @@ class SampleConfig:
     def __post_init__(self) -> None:
         require(self.sampler in ("ddim", "ddpm"), f"unknown sampler '{self.sampler}'", "one of: ddim, ddpm")
         require(self.steps >= 1, f"steps is {self.steps}", "use 1 or more, e.g. 50")
+        require(self.eta == 0 or self.sampler == "ddim", "eta is DDIM's; ddpm has none", "leave eta out")
         require(0 <= self.eta <= 1, f"eta is {self.eta}", "use 0 (deterministic) to 1 (as random as DDPM)")
         require(self.count >= 1, f"count is {self.count}", "sample at least one image")
 
@@ -129,6 +152,8 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs is {self.epochs}", "train for at least one epoch")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "use 1 or more")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}", "use a positive rate, e.g. 2e-3")
 
 
 @dataclass(frozen=True)
@@ -140,6 +165,7 @@ class FidConfig:
 
     def __post_init__(self) -> None:
         require(self.count >= 0 and self.count != 1, f"count is {self.count}", "use 2 or more, or 0 for all")
+        require(self.resamples >= 2, f"resamples is {self.resamples}", "an interval needs 2 or more, e.g. 200")
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,11 @@ def silent_progress(total: int, label: str, unit: str) -> AbstractContextManager
     return nullcontext(SilentBar())
 
 
+def never_stop() -> AbstractContextManager[Callable[[], bool]]:
+    """The default: nobody asks a stage to stop."""
+    return nullcontext(lambda: False)
+
+
 Progress = Callable[[int, str, str], AbstractContextManager[Bar]]
 
 
@@ -78,7 +83,8 @@ class MemoryParts:
 class Context:
     """``batch_size``: images per forward pass outside training. ``save_interval``: seconds between saved train states.
 
-    ``stop_requested`` is asked between steps; a stage that can save its state does so and raises KeyboardInterrupt.
+    A stage that can stop between two steps with its state saved works inside ``soft_stop()``, asks what it yields after
+    each step, and raises KeyboardInterrupt when told so. Outside of it an interrupt comes at once.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -86,4 +92,4 @@ class Context:
     progress: Progress = silent_progress
     parts: Parts = field(default_factory=MemoryParts)
     save_interval: float = field(default_factory=lambda: float(os.environ.get("FQDIFF_SAVE_INTERVAL", "30")))
-    stop_requested: Callable[[], bool] = lambda: False
+    soft_stop: Callable[[], AbstractContextManager[Callable[[], bool]]] = never_stop

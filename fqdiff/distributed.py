@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def launched() -> bool:
-    """Whether ``torchrun`` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+def processes_launched() -> int:
+    """How many processes ``torchrun`` started, this one included; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
@@ -24,7 +24,7 @@ def world_size() -> int:
 
 def start(device: torch.device) -> None:
     """Join the other processes (gloo on a CPU, NCCL on a GPU)."""
-    if launched() and not dist.is_initialized():
+    if processes_launched() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

@@ -1,7 +1,7 @@
 import hashlib
 import json
-import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -286,22 +286,144 @@ def test_the_whole_chain_runs_ends_in_a_table_and_continues(tmp_path: Path) -> N
     assert "noise alone moves FID by" in again.stdout
 
 
-def test_keyboard_interrupt_exits_with_130(tmp_path: Path) -> None:
-    """During a stage that keeps no partial results."""
-    import signal
-
-    environment = {**os.environ, "FQDIFF_STORE": str(tmp_path / "store")}
-    run = [sys.executable, "-m", "fqdiff"]
-    quick = [*run, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "1", "--quiet"]
-    subprocess.run(quick, env=environment, check=True, capture_output=True)
+def interrupted(store: Path, arguments: list[str], line: str) -> tuple[int, str]:
+    """Exit code and stderr of a command that gets Ctrl-C a second after it printed ``line``."""
     process = subprocess.Popen(
-        [*run, "sample", "--sampler", "ddpm"], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "fqdiff", *arguments, "--store", str(store)], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
-    while "making samples" not in process.stderr.readline():
-        pass
+    seen = ""
+    while line not in seen:
+        read = process.stderr.readline()
+        assert read, seen
+        seen += read
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
-    assert "Traceback" not in process.stderr.read()
+    return process.wait(timeout=30), process.stderr.read()
+
+
+def test_an_interrupt_after_training_in_the_same_process_comes_at_once(tmp_path: Path) -> None:
+    """The soft stop of training must not swallow it."""
+    code, text = interrupted(tmp_path / "store", ["run", "tiny"], "fisher: making")
+    assert code == 130
+    assert "Traceback" not in text
+    assert [m.kind for m in Store(tmp_path / "store").manifests()] == ["dataset", "checkpoint"]
+
+
+def test_a_sampling_interrupted_exits_with_130(tmp_path: Path) -> None:
+    good(tmp_path / "store", "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "1")
+    code, text = interrupted(tmp_path / "store", ["sample", "--sampler", "ddpm"], "making samples")
+    assert code == 130
+    assert "Traceback" not in text
     assert not list((tmp_path / "store").glob("samples/*"))
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "--uniform", "int8", "--at", "5"], "has no use for at"),
+        (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for thresholds"),
+        (["plan", "--thresholds", "1/2"], "2 thresholds for 3 groups"),
+        (["sample", "--sampler", "ddpm", "--eta", "0.5"], "eta is DDIM's"),
+        (["train", "--resume", "--steps", "5"], "--resume continues the interrupted recipe"),
+        (["train", "--resume", "--force"], "--resume continues the interrupted recipe"),
+        (["train", "--preset", "tiny", "--weight-decay", "-1"], "weight_decay is -1.0"),
+        (["fid", "--features", "inception", "--dry-run"], "has no id yet"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_before_any_work(store: Path, arguments: list[str], message: str) -> None:
+    before = [m.id for m in Store(store).manifests()]
+    result = call(store, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert [m.id for m in Store(store).manifests()] == before
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("[train]\nclip_norm = -1.0\n", ["train", "--preset", "tiny"], "clip_norm is -1.0"),
+        ('[train]\nimage_size = "x"\n', ["train", "--preset", "tiny"], "train.image_size is 'x'"),
+        ('[plan]\nthresholds = ["a"]\n', ["plan"], "plan.thresholds is 'a'"),
+        ("[plan]\nratio = 0.5\nthreshold = 1.0\n", ["plan"], "ratio and threshold belong to different"),
+        ("[classifier]\nbatch_size = 0\n", ["fid", "--features", "digits"], "batch_size is 0"),
+        ("[fid]\nresamples = 0\n", ["fid", "--features", "digits"], "resamples is 0"),
+        ('[plan]\nlow = "int4"\n', ["run", "tiny"], "fixes plan itself"),
+        ('[train]\ndataset = "mnist"\n', ["run", "tiny"], "fixes train.dataset itself"),
+    ],
+)  # fmt: skip
+def test_settings_in_a_file_are_checked_like_flags(
+    store: Path, tmp_path: Path, text: str, arguments: list[str], message: str
+) -> None:
+    config = tmp_path / "fqdiff.toml"
+    config.write_text(text)
+    result = call(store, *arguments, "--config", str(config), "--dry-run")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_strategy_in_the_file_is_followed(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "fqdiff.toml"
+    config.write_text("[plan]\nratio = 0.5\n")
+    chosen = good(store, "plan", "--config", str(config), "--dry-run")["config"]
+    assert isinstance(chosen, dict)
+    assert (chosen["strategy"], chosen["ratio"]) == ("ratio", 0.5)
+
+
+def test_ddpm_takes_every_timestep_also_from_the_file(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "fqdiff.toml"
+    config.write_text('[sample]\nsampler = "ddpm"\n')
+    for arguments in (["--config", str(config)], ["--sampler", "ddpm"]):
+        chosen = good(store, "sample", "tiny-fp32", *arguments, "--dry-run")["config"]
+        assert isinstance(chosen, dict)
+        assert (chosen["sampler"], chosen["steps"]) == ("ddpm", 1000)
+
+
+def test_a_dry_run_of_fid_makes_neither_samples_nor_baseline(store: Path) -> None:
+    before = [m.id for m in Store(store).manifests()]
+    assert good(store, "fid", "by-groups", "--features", "digits", "--dry-run")["exists"] is False
+    assert [m.id for m in Store(store).manifests()] == before
+
+
+def test_fid_refuses_what_it_cannot_finish_before_it_samples(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(10):
+        Image.new("L", (8, 8), 20 * k).save(pictures / f"{k}.png")
+    store = tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", f"folder:{pictures}", "--steps", "1")
+    result = call(store, "fid", "--features", "digits")
+    assert result.exit_code == 1
+    assert "no labels" in result.stderr
+    assert not list(Store(store).manifests("samples"))
+
+
+def test_rm_says_what_it_would_refuse_and_removes_fellows_together(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    for extra in ([], ["--dry-run"]):
+        result = call(copy, "store", "rm", "by-groups", *extra)
+        assert result.exit_code == 1
+        assert "was made from" in result.stderr
+    every = [f"{m.kind}/{m.id}" for m in Store(copy).manifests()]
+    assert good(copy, "store", "rm", *every, every[0])["removed"] == every
+    assert not list(Store(copy).manifests())
+
+
+def test_a_damaged_manifest_is_reported_beside_others_and_can_be_removed(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    broken = sorted(copy.glob("samples/*/manifest.json"))
+    for path in broken:
+        path.write_text("{")
+    result = call(copy, "store", "verify")
+    assert result.exit_code == 1
+    assert all(str(path) in result.stdout for path in broken)
+    for path in broken:
+        assert call(copy, "store", "rm", f"samples/{path.parent.name}", "--force").exit_code == 0
+    assert call(copy, "store", "verify").exit_code == 0

@@ -8,7 +8,8 @@ import fqdiff
 ROOT = Path(fqdiff.__file__).parent
 LAYERS = [
     {"errors"},
-    {"rng", "digests", "configs", "groups"},
+    {"groups"},
+    {"rng", "digests", "configs"},
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, GroupsError, LineageError, NumericalError, QuantizationError
+from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
 from fqdiff.quant.packed import unpack_tensor
 from fqdiff.stages.plan import mean_minus_deviations, plan, read_scores
 from fqdiff.stages.quantize import quantize
@@ -96,8 +96,8 @@ def test_given_thresholds_replace_the_means(checkpoint: Checkpoint, fisher_table
     made = make(checkpoint, fisher_table, PlanConfig(thresholds=(0.0, 1e30, 0.0)))
     assert set(weights(made, "2").values()) == {"float32"}
     assert set(weights(made, "4").values()) == {"float16"}
-    with pytest.raises(GroupsError, match="2 thresholds for 3 groups"):
-        make(checkpoint, fisher_table, PlanConfig(thresholds=(0.0, 1.0)))
+    with pytest.raises(ConfigError, match="2 thresholds for 3 groups"):
+        PlanConfig(thresholds=(0.0, 1.0))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])

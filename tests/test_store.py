@@ -359,7 +359,7 @@ def test_lineage_lists_every_ancestor_and_what_is_gone(store: Store) -> None:
     checkpoint = put(store, "checkpoint", dataset)
     samples = put(store, "samples", checkpoint)
     metrics = put(store, "metrics", samples, dataset)
-    store.remove(dataset, force=True)
+    store.remove(dataset.kind, dataset.id)
     chain = list(store.lineage(metrics))
     assert [(depth, name) for depth, _, _, name in chain] == [
         (0, f"metrics/{metrics.id}"),
@@ -378,20 +378,20 @@ def test_lineage_of_a_long_chain_of_diamonds_is_short(store: Store) -> None:
     assert len(list(store.lineage(last))) == 1 + 2 * 59
 
 
-def test_rm_refuses_what_others_were_made_from(store: Store) -> None:
+def test_an_artifact_is_used_by_what_others_were_made_from_but_not_by_its_fellows(store: Store) -> None:
     checkpoint = put(store, "checkpoint")
     plan = put(store, "plan", checkpoint)
     with pytest.raises(LineageError, match=plan.id):
-        store.remove(checkpoint)
-    assert store.find("checkpoint", checkpoint.id) == checkpoint
+        store.check_unused([("checkpoint", checkpoint.id)])
+    store.check_unused([("checkpoint", checkpoint.id), ("plan", plan.id)])
 
 
-def test_rm_with_force_removes_the_artifact_and_its_names_only(store: Store) -> None:
+def test_removing_takes_the_artifact_and_its_names_only(store: Store) -> None:
     checkpoint = put(store, "checkpoint")
     plan = put(store, "plan", checkpoint)
     store.give_name("base", checkpoint)
     store.give_name("best", plan)
-    store.remove(checkpoint, force=True)
+    store.remove(checkpoint.kind, checkpoint.id)
     assert list(store.manifests()) == [plan]
     assert list(store.names()) == ["best"]
     assert store.leftovers() == []

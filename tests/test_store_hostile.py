@@ -317,10 +317,19 @@ def test_a_folder_or_manifest_that_is_a_link_is_refused(what: str, store: Store,
         lambda: store.find("plan", manifest.id),
         lambda: list(store.manifests()),
         lambda: store.resolve(manifest.id),
-        lambda: store.remove(manifest),
     ):
         with pytest.raises(ArtifactCorrupt, match="link"):
             read()
+
+
+def test_removing_an_artifact_never_follows_a_link(store: Store, tmp_path: Path) -> None:
+    manifest = artifact(store, "plan")
+    path = store.root / "plan" / manifest.id / "manifest.json"
+    os.rename(path, tmp_path / "outside")
+    path.symlink_to(tmp_path / "outside")
+    store.remove("plan", manifest.id)
+    assert (tmp_path / "outside").is_file()
+    assert not path.parent.exists()
 
 
 def test_nothing_is_written_or_removed_through_a_link(store: Store, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.quantize import quantize_step
+from fqdiff.cli.sample import sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
-from fqdiff.configs import ClassifierConfig, FidConfig, SampleConfig
-from fqdiff.errors import ArtifactNotFound, ConfigError
+from fqdiff.configs import ClassifierConfig, FidConfig, SampleConfig, config_from_data
+from fqdiff.errors import ArtifactNotFound, ConfigError, DataError
 
 if TYPE_CHECKING:
     from fqdiff.pipeline import External, Step
@@ -50,19 +51,15 @@ def fid(
     """Compare generated images with held-out real ones (Fréchet distance)."""
     from fqdiff.pipeline import Step
 
-    samples, baseline = fid_samples(session, source, count, against)
-    if session.dry_run and isinstance(samples, Step) and session.store.find(samples.kind, samples.id) is None:
-        session.make(samples)
-        return
-    made = session.runner.run(samples) if isinstance(samples, Step) else samples
-    base = session.runner.run(baseline) if isinstance(baseline, Step) else baseline
-    dataset = ancestor(session, made, "dataset")
+    found = session.resolve(source, ("samples", "quantized", "plan", "checkpoint"))
+    dataset = ancestor(session, found, "dataset")
     network = choose_features(session, features, inception_weights, dataset)
-    inputs: dict[str, Step | Manifest | External] = {"samples": made, "dataset": dataset, "features": network}
-    if base is not None:
-        inputs["baseline"] = base
-    step = Step("fid", inputs, session.settings("fid", FidConfig, {}, count=count))
-    manifest = session.make(step)
+    config = session.settings("fid", FidConfig, {}, count=count)
+    samples, baseline = fid_samples(session, found, dataset, config.count, against)
+    inputs: dict[str, Step | Manifest | External] = {"samples": samples, "dataset": dataset, "features": network}
+    if baseline is not None:
+        inputs["baseline"] = baseline
+    manifest = session.make(Step("fid", inputs, config))
     if manifest is None:
         return
     value: FidResult = session.runner.load(manifest)
@@ -70,7 +67,7 @@ def fid(
 
 
 def fid_samples(
-    session: Session, ref: str | None, count: int | None, against: str | None
+    session: Session, found: "Manifest", dataset: "Manifest", count: int, against: str | None
 ) -> "tuple[Step | Manifest, Step | Manifest | None]":
     """The samples to judge and their baseline. A plan is quantized and a model sampled on the way.
 
@@ -79,27 +76,26 @@ def fid_samples(
     """
     from fqdiff.pipeline import Step
 
-    found = session.resolve(ref, ("samples", "quantized", "plan", "checkpoint"))
     named = session.store.resolve(against, ("samples",)) if against is not None else None
     if found.kind == "samples":
         model = only_input(session, found, "model")
         if named is not None or model.kind == "checkpoint":
             return found, named
-        recipe = found.recipe
-        full = Step(
-            "sample", {"model": ancestor(session, model, "checkpoint")}, SampleConfig(**recipe.config), recipe.seed
-        )
+        config = config_from_data(SampleConfig, found.recipe.config)
+        full = Step("sample", {"model": ancestor(session, model, "checkpoint")}, config, found.recipe.seed)
         return found, session.store.find(full.kind, full.id)
-    dataset = session.runner.load(ancestor(session, found, "dataset"))
-    config = session.settings(
-        "sample", SampleConfig, {"count": count or min(SampleConfig.count, len(dataset.reference))}
-    )
-    quantized = quantize_step(session, found) if found.kind == "plan" else found
-    session.note(f"samples: making {config.count} with {config.sampler} in {config.steps} steps, seed {session.seed}")
-    samples = Step("sample", {"model": quantized}, config, session.seed)
+    held_out = len(session.runner.load(dataset).reference)
+    if count > held_out:
+        raise ConfigError(f"{count} images asked for; there are {held_out} held-out ones", "lower --count")
+    checkpoint = ancestor(session, found, "checkpoint")
+    enough = {"count": count or min(SampleConfig.count, held_out)}
+    config = sample_settings(session, checkpoint, enough)
+    model_step = quantize_step(session, found) if found.kind == "plan" else found
+    session.note(f"samples: {config.count} with {config.sampler} in {config.steps} steps, seed {session.seed}")
+    samples = Step("sample", {"model": model_step}, config, session.seed)
     if found.kind == "checkpoint":
         return samples, named
-    return samples, named or Step("sample", {"model": ancestor(session, found, "checkpoint")}, config, session.seed)
+    return samples, named or Step("sample", {"model": checkpoint}, config, session.seed)
 
 
 def ancestor(session: Session, manifest: "Manifest", kind: str) -> "Manifest":
@@ -126,8 +122,12 @@ def choose_features(
         reason = "" if asked == "inception" else " (no Inception weights at hand: --inception-weights FILE)"
         session.note(f"features: {asked}{reason}")
     if asked == "inception":
+        if session.dry_run and not (weights or find_inception()):
+            raise ConfigError("without the Inception weights the result has no id yet", "give --inception-weights FILE")
         network = load_inception(weights)
         return External("inception", network.sha256[:16], network)
+    if session.runner.load(dataset).labels is None:
+        raise DataError("the data set has no labels to train a digits classifier on", "use --features inception")
     return Step("classifier", {"dataset": dataset}, session.settings("classifier", ClassifierConfig, {}))
 
 

@@ -1,10 +1,11 @@
 """``fqdiff plan``."""
 
+from math import prod
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.session import NOTHING_RANDOM, Session, common, only_input
 from fqdiff.cli.show import artifact_data, mebibytes, table
 from fqdiff.configs import PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
@@ -14,8 +15,17 @@ if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import Plan
 
+READS_FISHER = {"at", "low", "high"}
+OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
+    "groups": READS_FISHER | {"thresholds"},
+    "threshold": READS_FISHER,
+    "ratio": READS_FISHER,
+    "mean_std": READS_FISHER,
+    "uniform": set(),
+}
 
-@common()
+
+@common(*NOTHING_RANDOM)
 def plan(
     session: Session,
     source: Annotated[
@@ -51,37 +61,52 @@ def plan(
     """Choose a format for every parameter, from its Fisher value."""
     from fqdiff.pipeline import Step
 
-    asked = {"groups": groups, "threshold": threshold, "ratio": ratio, "mean-std": mean_std, "uniform": uniform}
-    strategies = [name for name, value in asked.items() if value is not None]
-    if len(strategies) > 1:
-        raise ConfigError(f"--{' and --'.join(strategies)} are different strategies", "give one of them")
-    if uniform is not None and low is not None:
-        raise ConfigError("--uniform names the format already", "leave --low out")
-    config = session.settings(
-        "plan",
-        PlanConfig,
-        {},
-        strategy=strategies[0] if strategies else None,
-        groups=groups,
-        thresholds=parse_thresholds(thresholds) if thresholds is not None else None,
-        threshold=threshold,
-        ratio=ratio,
-        mean_std=mean_std,
-        at=at,
-        low=uniform or low,
-        high=high,
-        granularity=granularity,
-    )
+    flags: dict[str, object] = {
+        "groups": groups,
+        "thresholds": parse_thresholds(thresholds) if thresholds is not None else None,
+        "threshold": threshold,
+        "ratio": ratio,
+        "mean_std": mean_std,
+        "uniform": uniform,
+        "at": at,
+        "low": low,
+        "high": high,
+        "granularity": granularity,
+    }
+    given = {name for name, value in flags.items() if value is not None}
+    strategy = choose_strategy(given, set(session.tables().get("plan", {})))
+    flags |= {"strategy": strategy, "low": flags.pop("uniform") or low}
+    config = session.settings("plan", PlanConfig, {}, **flags)
     step = Step("plan", plan_inputs(session, source, config.strategy), config)
     manifest = session.make(step)
     if manifest is None:
         return
     value: Plan = session.runner.load(manifest)
-    rows = plan_rows(value)
+    rows = plan_rows(value, config.low)
+    full_bytes = only_input(session, manifest, "checkpoint").file("model.safetensors").bytes
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
     session.result(
-        {**artifact_data(session.store, manifest), **totals, "blocks": rows}, lambda: plan_text(manifest, value, rows)
+        {**artifact_data(session.store, manifest), **totals, "blocks": rows},
+        lambda: plan_text(manifest, value, rows, full_bytes),
     )
+
+
+def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
+    """The strategy that the given settings belong to; flags decide before the file. None leaves it to the file or default.
+
+    Raises ConfigError for settings of two strategies, and for flags that the strategy does not read.
+    """
+    for given in (flags, in_file):
+        named = sorted(given & OWN_SETTINGS.keys())
+        if len(named) > 1:
+            raise ConfigError(f"{' and '.join(named)} belong to different strategies", "give one of them")
+        if named:
+            strategy = named[0].replace("_", "-")
+            foreign = sorted(flags - OWN_SETTINGS[named[0]] - {named[0], "granularity"})
+            if foreign:
+                raise ConfigError(f"strategy '{strategy}' has no use for {', '.join(foreign)}", "leave it out")
+            return strategy if "strategy" not in in_file or given is flags else None
+    return None
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:
@@ -107,42 +132,45 @@ def plan_inputs(session: Session, ref: str | None, strategy: str) -> "dict[str, 
     return {"checkpoint": only_input(session, found, "checkpoint"), "fisher": found}
 
 
-def plan_rows(value: "Plan") -> list[dict[str, object]]:
-    """Block by block: weight tensors, how many of them change format, payload bytes before and after."""
+def plan_rows(value: "Plan", low: str) -> list[dict[str, object]]:
+    """Block by block: weight tensors and weights in all and in the low format, payload bytes before and after."""
     rows: list[dict[str, object]] = []
     for block in ("stem", "1", "2", "3", "4", "5", "6", "head"):
         entries = [e for e in value.entries if e.block == block]
         tensors = [e for e in entries if len(e.shape) >= 2]
-        counts: dict[str, int] = {}
-        for e in tensors:
-            counts[e.format] = counts.get(e.format, 0) + 1
-        before = sum(4 * _numel(e.shape) for e in entries)
-        rows.append({"block": block, "formats": counts, "before": before, "after": sum(e.bytes for e in entries)})
+        lowered = [e for e in tensors if e.format == low]
+        rows.append(
+            {
+                "block": block,
+                "tensors": len(tensors),
+                "tensors_low": len(lowered),
+                "weights": sum(prod(e.shape) for e in tensors),
+                "weights_low": sum(prod(e.shape) for e in lowered),
+                "bytes_float32": sum(4 * prod(e.shape) for e in entries),
+                "bytes_planned": sum(e.bytes for e in entries),
+            }
+        )
     return rows
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def plan_text(manifest: "Manifest", value: "Plan", rows: list[dict[str, object]]) -> str:
-    """The table of :func:`plan_rows` for people."""
-    cells = []
-    for r in rows:
-        counts = r["formats"]
-        assert isinstance(counts, dict)
-        shown = ", ".join(f"{n} {name}" for name, n in sorted(counts.items()))
-        cells.append([str(r["block"]), shown, f"{r['before']:,}", f"{r['after']:,}"])
-    payload = sum(e.bytes for e in value.entries)
-    before = sum(4 * _numel(e.shape) for e in value.entries)
-    cells.append(["header", "", "", f"{value.file_bytes - payload:,}"])
-    cells.append(["file", "", f"{before:,}", f"{value.file_bytes:,}"])
-    header = ("block", "weight tensors", "bytes in float32", "bytes planned")
-    rules = list(
-        dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
-    )
+def plan_text(manifest: "Manifest", value: "Plan", rows: list[dict[str, object]], full_bytes: int) -> str:
+    """The table of :func:`plan_rows` for people; ``full_bytes`` is the size of the full-precision file."""
+    low, high = (manifest.recipe.config[name] for name in ("low", "high"))
+    cells = [
+        [
+            str(r["block"]),
+            f"{r['tensors_low']} of {r['tensors']}",
+            f"{r['weights_low']:,} of {r['weights']:,}",
+            f"{r['bytes_float32']:,}",
+            f"{r['bytes_planned']:,}",
+        ]
+        for r in rows
+    ]
+    payload, full_payload = (sum(int(str(r[key])) for r in rows) for key in ("bytes_planned", "bytes_float32"))
+    cells.append(["header", "", "", f"{full_bytes - full_payload:,}", f"{value.file_bytes - payload:,}"])
+    cells.append(["file", "", "", f"{full_bytes:,}", f"{value.file_bytes:,}"])
+    header = ("block", f"tensors to {low}", f"weights to {low}", "bytes in float32", "bytes planned")
     title = f"plan {manifest.id}: {value.strategy}, {value.bits_per_weight:.3f} bits per weight, {mebibytes(value.file_bytes)}"
-    return "\n".join([title, table(header, cells), *rules])
+    rest = "biases and norms stay float32" + ("" if value.strategy == "uniform" else f", all other weights are {high}")
+    rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
+    return "\n".join([title, table(header, cells), rest, *rules])

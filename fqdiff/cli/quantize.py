@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.output import copy_out
-from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.session import NOTHING_RANDOM, Session, common, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
 from fqdiff.configs import QuantizeConfig
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
 
 
-@common()
+@common(*NOTHING_RANDOM)
 def quantize(
     session: Session,
     source: Annotated[

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fqdiff.cli.session import Session, common
+from fqdiff.cli.session import COMMON_OPTIONS, Session, common
 from fqdiff.cli.show import duration, table
 from fqdiff.cli.train import choose_dataset, training_step
-from fqdiff.configs import FisherConfig, SampleConfig, TrainConfig, get_preset
+from fqdiff.configs import ClassifierConfig, FidConfig, FisherConfig, SampleConfig, TrainConfig, get_preset
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ SCALES = {
 PICTURE_COLUMNS = 16
 
 
-@common()
+@common(*(name for name in COMMON_OPTIONS if name != "name"))
 def run(
     session: Session,
     size: Annotated[str, typer.Argument(help="demo, small or paper (or tiny, for a test).", metavar="SIZE")],
@@ -49,6 +49,10 @@ def run(
 
     if size not in SCALES:
         raise ConfigError(f"unknown size '{size}'", f"one of: {', '.join(SCALES)}")
+    fixed: list[str] = [name for name in ("plan", "quantize") if name in session.tables()]
+    fixed += [f"train.{key}" for key in ("preset", "dataset", "image_size") if key in session.tables().get("train", {})]
+    if fixed:
+        raise ConfigError(f"run {size} fixes {', '.join(fixed)} itself", "leave it out, or use the single commands")
     started = time.monotonic()
     scale, preset = SCALES[size], get_preset(size)
     dataset = choose_dataset(session, scale.dataset, preset.image_size)
@@ -58,7 +62,9 @@ def run(
     held_out = len(load_dataset(dataset, 0, session.runner.context).reference)
     enough = {"count": min(scale.sample.count, held_out)}  # more could not be compared with as many real images
     sample = session.settings("sample", SampleConfig, {**vars(scale.sample), **enough})
-    chain = make_chain(checkpoint, fisher, sample, session.seed)
+    classifier = session.settings("classifier", ClassifierConfig, {})
+    fid = session.settings("fid", FidConfig, {})
+    chain = make_chain(checkpoint, fisher, sample, classifier, fid, session.seed)
     steps = list(chain.steps())
     if session.dry_run:
         show_steps(session, steps)

@@ -9,6 +9,8 @@ from fqdiff.cli.show import artifact_data
 from fqdiff.configs import SampleConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fqdiff.store.manifest import Manifest
 
 
@@ -36,8 +38,7 @@ def sample(
     from fqdiff.pipeline import Step
 
     source = session.resolve(model, ("checkpoint", "quantized"))
-    all_steps = {"steps": training_timesteps(session, source)} if sampler == "ddpm" else {}
-    config = session.settings("sample", SampleConfig, all_steps, sampler=sampler, steps=steps, eta=eta, count=count)
+    config = sample_settings(session, source, {}, sampler=sampler, steps=steps, eta=eta, count=count)
     step = Step("sample", {"model": source}, config, session.seed)
     session.runner.context = replace(session.runner.context, batch_size=batch_size)
     manifest = session.make(step)
@@ -48,8 +49,9 @@ def sample(
     session.result(data, lambda: f"samples {manifest.id}: {config.count} images, seed {session.seed}\nlook at {grid}")
 
 
-def training_timesteps(session: Session, model: "Manifest") -> int:
-    """Timesteps that ``model`` was trained with."""
-    steps = session.runner.load(model).spec.architecture["num_train_timesteps"]
-    assert isinstance(steps, int)
-    return steps
+def sample_settings(session: Session, model: "Manifest", base: "Mapping[str, object]", **flags: object) -> SampleConfig:
+    """The sampler's settings; without a number of steps, ddpm takes every timestep that ``model`` was trained with."""
+    sampler = flags.get("sampler") or session.from_file("sample", "sampler", "ddim") or base.get("sampler")
+    if sampler == "ddpm":
+        base = {"steps": session.runner.load(model).spec.noise_schedule().num_train_timesteps, **base}
+    return session.settings("sample", SampleConfig, base, **flags)

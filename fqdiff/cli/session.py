@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -69,6 +69,7 @@ COMMON_OPTIONS: dict[str, tuple[Any, Any]] = {
     "debug": (DebugOption, False),
 }
 STORE_OPTIONS = ("store", "json", "quiet", "debug")
+NOTHING_RANDOM = tuple(name for name in COMMON_OPTIONS if name not in ("seed", "device"))
 
 
 @dataclass
@@ -86,7 +87,7 @@ class Session:
     dry_run: bool = False
     force: bool = False
     stopping: bool = False
-    polled: bool = False
+    asks: bool = False
 
     # --- output ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class Session:
         if self.name is not None:
             check_name(self.name)  # before any work is done
         distributed.start(self.device)
-        context = Context(device=self.device, progress=self.progress, stop_requested=self._poll)
+        context = Context(device=self.device, progress=self.progress, soft_stop=self.soft_stop)
         return Runner(self.store, context, self.note, " ".join(["fqdiff", *sys.argv[1:]]), self.force)
 
     def make(self, step: "Step", facts: Mapping[str, object] | None = None) -> "Manifest | None":
@@ -178,11 +179,13 @@ class Session:
         given = {k: v for k, v in flags.items() if v is not None}
         return kind(**{**base, **self._from_file(table, kind), **given})
 
-    def from_file(self, table: str, key: str) -> object:
-        """One value of the TOML file that is no stage setting, such as ``train.preset``; None where it is absent."""
-        return self._toml().get(table, {}).get(key)
+    def from_file(self, table: str, key: str, example: Config) -> Config | None:
+        """One value of the TOML file, of the type of ``example``; None where it is absent."""
+        value = self.tables().get(table, {}).get(key)
+        return None if value is None else cast("Config", _checked(f"{table}.{key}", value, example))
 
-    def _toml(self) -> dict[str, dict[str, object]]:
+    def tables(self) -> dict[str, dict[str, object]]:
+        """The TOML file, one table per stage; empty without one."""
         if self.config_path is None:
             return {}
         try:
@@ -199,7 +202,7 @@ class Session:
     def _from_file(self, table: str, kind: type[Config]) -> dict[str, object]:
         known = {f.name: getattr(kind, f.name, None) for f in fields(kind)}  # type: ignore[arg-type]
         values: dict[str, object] = {}
-        for key, value in self._toml().get(table, {}).items():
+        for key, value in self.tables().get(table, {}).items():
             if key in OUTSIDE_CONFIG.get(table, ()):
                 continue
             if key not in known or key == "architecture":
@@ -219,17 +222,24 @@ class Session:
         with tqdm(total=total, desc=label, unit=unit, disable=hidden, smoothing=0.1, dynamic_ncols=True) as bar:
             yield _TqdmBar(bar)
 
-    def _poll(self) -> bool:
-        self.polled = True
-        return self.stopping
+    @contextmanager
+    def soft_stop(self) -> "Iterator[Callable[[], bool]]":
+        """While it lasts, the first Ctrl-C only asks the stage to stop after its step."""
+        self.asks = True
+        try:
+            yield lambda: self.stopping
+        finally:
+            self.asks = False
 
     def interrupt(self, signum: int, frame: object) -> None:
-        """First Ctrl-C: a stage that asks stops after its step, state saved. A second one, or no such stage: at once."""
-        if self.polled and not self.stopping:
+        """Ctrl-C: at once, but for the first one during a stage that can stop with its state saved."""
+        if not self.asks:
+            raise KeyboardInterrupt
+        if self.stopping and "RANK" not in os.environ:  # torchrun passes one Ctrl-C on twice
+            raise KeyboardInterrupt
+        if not self.stopping:
             self.stopping = True
             self.note("stopping after this step, with everything saved; Ctrl-C again stops at once")
-            return
-        raise KeyboardInterrupt
 
 
 class _TqdmBar:
@@ -248,11 +258,11 @@ OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
 
 
 def _checked(name: str, value: object, default: object) -> object:
-    """``value`` if it has the type of ``default``; whole numbers may stand for floats, lists for tuples."""
+    """``value`` if it has the type of ``default``; whole numbers may stand for floats, lists of numbers for tuples."""
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
+        return tuple(_checked(name, element, 0.0) for element in value)
     if type(value) is not type(default):
         raise ConfigError(f"{name} is {value!r}", f"a {type(default).__name__}, such as {default!r}")
     return value

@@ -68,51 +68,77 @@ def verify(
     session: Session, ref: Annotated[str | None, typer.Argument(help="One artifact.", show_default="all")] = None
 ) -> None:
     """Compare every file with its recorded size and hash."""
-    chosen = [session.store.resolve(ref)] if ref is not None else list(session.store.manifests())
-    damaged = []
-    for manifest in chosen:
+    if ref is not None:
+        found = session.store.resolve(ref)
+        chosen = [(found.kind, found.id)]
+    else:
+        chosen = list(session.store.entries())
+    damaged, total = [], 0
+    for kind, artifact_id in chosen:
         try:
-            session.store.verify(manifest)
+            manifest = session.store.find(kind, artifact_id)
+            if manifest is not None:
+                session.store.verify(manifest)
+                total += manifest.bytes
         except ArtifactCorrupt as error:
             damaged.append(error.message)
-    total = sum(m.bytes for m in chosen)
     data = {"checked": len(chosen), "bytes": total, "damaged": damaged}
     session.result(
-        data, lambda: "\n".join([*damaged, f"{len(chosen)} artifacts, {mebibytes(total)}: {len(damaged)} damaged"])
+        data,
+        lambda: "\n".join([*damaged, f"{len(chosen)} artifacts: {len(damaged)} damaged, {mebibytes(total)} sound"]),
     )
     if damaged:
         raise ArtifactCorrupt(
-            f"{len(damaged)} of {len(chosen)} artifacts are damaged", "fqdiff store rm REF --force, and make them again"
+            f"{len(damaged)} of {len(chosen)} artifacts are damaged",
+            "fqdiff store rm KIND/ID --force, and make them again",
         )
 
 
 @app.command("gc", epilog="Example: fqdiff store gc --dry-run")
-@common("dry_run", *STORE_OPTIONS)
-def gc(session: Session) -> None:
+@common(*STORE_OPTIONS)
+def gc(session: Session, dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False) -> None:
     """Remove what killed runs left behind: temporary files, and partial results of finished artifacts.
 
     Artifacts stay. Run it while nothing else writes to the store.
     """
     found = session.store.leftovers()
-    if not session.dry_run:
+    if not dry_run:
         for path in found:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    verb = "would remove" if session.dry_run else "removed"
-    data = {"removed": [] if session.dry_run else [str(p) for p in found], "found": [str(p) for p in found]}
+    verb = "would remove" if dry_run else "removed"
+    data = {"removed": [] if dry_run else [str(p) for p in found], "found": [str(p) for p in found]}
     session.result(data, lambda: "\n".join([*(str(p) for p in found), f"{verb} {len(found)} leftovers"]))
 
 
 @app.command("rm", epilog="Example: fqdiff store rm 3fa94b07 --force")
-@common("force", "dry_run", *STORE_OPTIONS)
-def rm(session: Session, refs: Annotated[list[str], typer.Argument(help="Names, ids or unique prefixes.")]) -> None:
+@common(*STORE_OPTIONS)
+def rm(
+    session: Session,
+    refs: Annotated[list[str], typer.Argument(help="Names, ids, unique prefixes, or KIND/ID.")],
+    force: Annotated[
+        bool, typer.Option(help="Also what others were made from; a damaged artifact is named as KIND/ID.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+) -> None:
     """Remove artifacts; refused where others were made from them, unless --force."""
-    chosen = [session.store.resolve(ref) for ref in refs]
-    for manifest in chosen:
-        if not session.dry_run:
-            session.store.remove(manifest, session.force)
-    verb = "would remove" if session.dry_run else "removed"
-    data = {"removed": [f"{m.kind}/{m.id}" for m in chosen], "dry_run": session.dry_run}
-    session.result(data, lambda: "\n".join(f"{verb} {m.kind}/{m.id} ({mebibytes(m.bytes)})" for m in chosen))
+    chosen = list(dict.fromkeys(_target(session, ref, force) for ref in refs))
+    if not force:
+        session.store.check_unused(chosen)
+    if not dry_run:
+        for kind, artifact_id in chosen:
+            session.store.remove(kind, artifact_id)
+    verb = "would remove" if dry_run else "removed"
+    data = {"removed": [f"{kind}/{artifact_id}" for kind, artifact_id in chosen], "dry_run": dry_run}
+    session.result(data, lambda: "\n".join(f"{verb} {kind}/{artifact_id}" for kind, artifact_id in chosen))
+
+
+def _target(session: Session, ref: str, force: bool) -> tuple[str, str]:
+    """Kind and id that ``ref`` stands for; with ``force`` KIND/ID needs no readable manifest."""
+    kind, _, artifact_id = ref.partition("/")
+    if force and (kind, artifact_id) in set(session.store.entries()):
+        return kind, artifact_id
+    found = session.store.resolve(ref)
+    return found.kind, found.id

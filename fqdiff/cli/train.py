@@ -6,7 +6,7 @@ import typer
 
 from fqdiff.cli.session import Session, common
 from fqdiff.cli.show import artifact_data, duration, mebibytes
-from fqdiff.configs import DatasetConfig, Preset, TrainConfig, get_preset
+from fqdiff.configs import DatasetConfig, Preset, TrainConfig, config_from_data, get_preset
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
@@ -102,11 +102,15 @@ def train(
     from fqdiff.stages.train import estimate_seconds
     from fqdiff.store.sources import image_channels
 
+    recipe = (preset, dataset, image_size, steps, batch_size, learning_rate, optimizer, weight_decay, warmup, decay)
+    recipe_too = (clip_norm, ema_decay, schedule, prediction, precision, session.config_path)
     if resume:
+        if session.force or any(value is not None for value in (*recipe, *recipe_too)):
+            raise ConfigError("--resume continues the interrupted recipe as it is", "leave the other settings out")
         finish_training(session, interrupted_step(session), {})
         return
-    preset_name = preset or session.from_file("train", "preset") or "small"
-    chosen = get_preset(str(preset_name))
+    preset_name = preset or session.from_file("train", "preset", "small") or "small"
+    chosen = get_preset(preset_name)
     config = session.settings(
         "train",
         TrainConfig,
@@ -124,17 +128,16 @@ def train(
         prediction=prediction,
         precision=precision,
     )
-    file_size = session.from_file("train", "image_size")
-    size = image_size or (file_size if isinstance(file_size, int) else chosen.image_size)
-    file_dataset = session.from_file("train", "dataset")
-    data = choose_dataset(session, dataset or (str(file_dataset) if file_dataset else None), size)
+    size = image_size or session.from_file("train", "image_size", 32) or chosen.image_size
+    data = choose_dataset(session, dataset or session.from_file("train", "dataset", "mnist5k"), size)
     step = training_step(data, image_channels(data), chosen, config, session.seed)
     parameters = sum(p.numel() for p in build(step.config.architecture, "meta").parameters())
     found = session.store.find(step.kind, step.id)
     seconds = 0.0 if found else estimate_seconds(step.config, session.device)
     where = f"{session.device} with {torch.get_num_threads()} threads"
     cost = f"{config.steps} steps of {config.batch_size} images, about {duration(seconds)} on {where}"
-    session.note(f"preset {preset_name}: {parameters:,} parameters, {mebibytes(4 * parameters)} in float32; {cost}")
+    session.note(f"preset {preset_name}: {chosen.description}")
+    session.note(f"{parameters:,} parameters, {mebibytes(4 * parameters)} in float32; {cost}")
     facts = {
         "preset": preset_name,
         "parameters": parameters,
@@ -184,8 +187,4 @@ def interrupted_step(session: Session) -> "Step":
     dataset = session.store.find("dataset", source.id) if source else None
     if dataset is None:
         raise ConfigError("the data set of the interrupted training is gone", "start over with fqdiff train --force")
-    try:
-        config = TrainConfig(**dict(recipe.config))
-    except TypeError as error:
-        raise ConfigError(f"the interrupted training has other settings: {error}", "start over with --force") from None
-    return Step("train", {"dataset": dataset}, config, recipe.seed)
+    return Step("train", {"dataset": dataset}, config_from_data(TrainConfig, recipe.config), recipe.seed)

@@ -15,7 +15,6 @@ from fqdiff.errors import ConfigError
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
 DrawNoise = Callable[[], Tensor]
-SAMPLERS = ("ddpm", "ddim")
 
 
 def sampling_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fqdiff.errors import DataError
 
-INCEPTION_SIZE = 299
-
 
 @dataclass(frozen=True)
 class FeatureNetwork:

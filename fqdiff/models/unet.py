@@ -72,11 +72,6 @@ def check_config(config: UNetConfig) -> None:
         raise ConfigError(f"unknown activation '{config.activation}'", f"one of: {', '.join(ACTIVATIONS)}")
 
 
-def scaled_channels(base: int) -> tuple[int, ...]:
-    """The paper's channel pattern for another width of block 1."""
-    return (base, 2 * base, 4 * base, 8 * base, 8 * base, 6 * base)
-
-
 class SinusoidalTable(nn.Module):
     """sin and cos of t at geometrically falling frequencies (Vaswani et al. 2017), interleaved: t [B] -> [B, E]."""
 

@@ -51,6 +51,10 @@ def fid(
         distance = frechet_distance_of_features(real, fake)
         difference, interval, image_error = None, None, None
         if baseline is not None:
+            if baseline.images.shape[1:] != samples.images.shape[1:]:
+                raise LineageError(
+                    f"a baseline of images {tuple(baseline.images.shape[1:])}", "take samples of the same image size"
+                )
             if baseline.seed != samples.seed or len(baseline.images) < n:
                 raise LineageError(
                     f"a baseline of {len(baseline.images)} images with seed {baseline.seed}, samples with seed {samples.seed}",

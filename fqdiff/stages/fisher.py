@@ -120,15 +120,16 @@ def reduce_gradients(
     device: torch.device,
 ) -> dict[str, Reduced]:
     """Squares, summed over the samples of each of ``groups`` timesteps in float64, then reduced over elements."""
-    owner = torch.arange(groups, device=device).repeat_interleave(samples)
+    wide = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs know no float64
+    owner = torch.arange(groups, device=wide).repeat_interleave(samples)
     diagonal: dict[str, Tensor] = {}  # [G, *shape]: sum of squares over samples
     per_sample: dict[str, list[Tensor]] = {}  # [B]: mean square of each sample
     for part in torch.arange(groups * samples).split(CHUNK):
         for name, gradient in gradients(*(values[part].to(device) for values in batch)).items():
-            square = gradient.double().square()
+            square = gradient.to(wide).double().square()
             if name not in diagonal:
-                diagonal[name] = torch.zeros(groups, *square.shape[1:], dtype=torch.float64, device=device)
-            diagonal[name].index_add_(0, owner[part.to(device)], square)
+                diagonal[name] = torch.zeros(groups, *square.shape[1:], dtype=torch.float64, device=wide)
+            diagonal[name].index_add_(0, owner[part.to(wide)], square)
             per_sample.setdefault(name, []).append(square.flatten(1).mean(dim=1))
     return {
         name: _reduce(total / samples, torch.cat(per_sample[name]).view(groups, samples), axes[name])

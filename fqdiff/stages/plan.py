@@ -11,7 +11,7 @@ import torch
 
 from fqdiff.configs import PlanConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, GroupsError, LineageError, NumericalError
+from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
@@ -98,11 +98,6 @@ def single_threshold(scores: Scores, blocks: Mapping[str, str], config: PlanConf
 def group_thresholds(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
     """One threshold per block group: given, or the mean Fisher value of the group's weight tensors."""
     groups = parse_groups(config.groups)
-    if config.thresholds and len(config.thresholds) != len(groups):
-        raise GroupsError(
-            f"{len(config.thresholds)} thresholds for {len(groups)} groups '{config.groups}'",
-            "one per group, e.g. 0.1/0.01/0.1",
-        )
     rules: dict[str, Rule] = {}
     for index, group in enumerate(groups):
         members = [name for name in scores if int(blocks[name]) in group]

@@ -61,16 +61,19 @@ def train(dataset: Dataset, config: TrainConfig, seed: int, context: Context) ->
         restore(state, saved)
     forward = distributed.wrap(state.network)
     last_save = time.monotonic()
-    with context.progress(config.steps, "train", "step") as bar:
+    with context.progress(config.steps, "train", "step") as bar, context.soft_stop() as stop_requested:
         bar.update(state.step)
         while state.step < config.steps:
-            train_step(state, forward, images, schedule, config, seed)
+            try:
+                train_step(state, forward, images, schedule, config, seed)
+            except NumericalError:
+                save(state, context)  # the step that failed has changed nothing
+                raise
             bar.update()
             bar.show(f"loss {float(state.loss[max(0, state.step - 50) : state.step].mean()):.4f}")
-            stopping = context.stop_requested()
+            stopping = distributed.agree(stop_requested())
             if stopping or time.monotonic() - last_save >= context.save_interval:
-                if distributed.rank() == 0:
-                    context.parts.save("state", snapshot(state))
+                save(state, context)
                 last_save = time.monotonic()
             if stopping:
                 raise KeyboardInterrupt
@@ -148,6 +151,12 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> Tensor:
     return torch.stack([epochs[int(p) // count][int(p) % count] for p in positions])
 
 
+def save(state: Training, context: Context) -> None:
+    """Keep ``state``, from the first process only."""
+    if distributed.rank() == 0:
+        context.parts.save("state", snapshot(state))
+
+
 def snapshot(state: Training) -> Part:
     """Weights, averaged weights, optimizer state and losses as plain tensors."""
     tensors = {f"network.{k}": v for k, v in state.network.state_dict().items()}
@@ -212,5 +221,5 @@ def estimate_seconds(config: TrainConfig, device: torch.device) -> float:
             step_seconds = min(step_seconds, time.monotonic() - start)
         seconds = step_seconds * config.batch_size / probe
         if probe == config.batch_size or seconds > LONG_STEP:
-            return seconds / distributed.world_size() * config.steps
+            return seconds / distributed.processes_launched() * config.steps
         probe = config.batch_size

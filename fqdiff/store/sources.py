@@ -127,7 +127,9 @@ def mnist5k_source() -> Source:
 
 def _held_out(count: int, name: str) -> Tensor:
     mask = torch.zeros(count, dtype=torch.bool)
-    mask[torch.randperm(count, generator=generator(0, "held out", name))[: round(HELD_OUT_SHARE * count)]] = True
+    mask[torch.randperm(count, generator=generator(0, "held out", name))[: max(1, round(HELD_OUT_SHARE * count))]] = (
+        True
+    )
     return mask
 
 

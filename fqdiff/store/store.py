@@ -6,7 +6,7 @@ A directory is written under a temporary name, hashed, synced and renamed: an ar
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +65,16 @@ class Store:
             raise ArtifactCorrupt(f"{path} belongs to {manifest.kind} {manifest.id}", delete)
         return manifest
 
-    def manifests(self, kind: str | None = None) -> Iterator[Manifest]:
-        """Every artifact (of ``kind``), oldest first."""
-        found = []
+    def entries(self, kind: str | None = None) -> Iterator[tuple[str, str]]:
+        """Kind and id of every artifact's folder (of ``kind``), readable or not."""
         for one in (kind,) if kind else KINDS:
             for entry in _entries(self.inside(one)):
-                manifest = self.find(one, entry.name)
-                if manifest is not None:
-                    found.append(manifest)
+                if ID_PATTERN.fullmatch(entry.name):
+                    yield one, entry.name
+
+    def manifests(self, kind: str | None = None) -> Iterator[Manifest]:
+        """Every artifact (of ``kind``), oldest first."""
+        found = [m for entry in self.entries(kind) if (m := self.find(*entry)) is not None]
         yield from sorted(found, key=lambda m: (m.created, m.id))
 
     # --- references ------------------------------------------------------------------------------------------------
@@ -214,23 +216,27 @@ class Store:
                 seen.add((kind, artifact_id))
                 waiting += [(depth + 1, i.role, i.kind, i.id) for i in reversed(found.recipe.inputs)]
 
-    def remove(self, manifest: Manifest, force: bool = False) -> None:
-        """Delete an artifact and its names. Raises LineageError where others were made from it, unless ``force``."""
-        target = (manifest.kind, manifest.id)
-        users = [] if force else [m for m in self.manifests() if any((i.kind, i.id) == target for i in m.recipe.inputs)]
-        if users:
-            listed = ", ".join(f"{m.kind}/{m.id}" for m in users[:5])
-            raise LineageError(
-                f"{len(users)} artifacts were made from {manifest.kind}/{manifest.id}: {listed}",
-                "--force removes it anyway",
-            )
+    def check_unused(self, targets: Sequence[tuple[str, str]]) -> None:
+        """Raise LineageError where an artifact outside ``targets`` was made from one of them."""
+        for manifest in self.manifests():
+            if (manifest.kind, manifest.id) in targets:
+                continue
+            for source in manifest.recipe.inputs:
+                if (source.kind, source.id) in targets:
+                    raise LineageError(
+                        f"{manifest.kind}/{manifest.id} was made from {source.kind}/{source.id}",
+                        "--force removes it anyway",
+                    )
+
+    def remove(self, kind: str, artifact_id: str) -> None:
+        """Delete an artifact, readable or not, and its names."""
         try:
-            self._discard(self.inside(*target))
+            self._discard(self.inside(kind, artifact_id))
             for name, named in self.names().items():
-                if named == target:
+                if named == (kind, artifact_id):
                     (self.root / "names" / name).unlink()
         except OSError as error:
-            raise disk_error(error, f"cannot remove {manifest.kind} {manifest.id}") from error
+            raise disk_error(error, f"cannot remove {kind} {artifact_id}") from error
 
     def parts_folder(self, kind: str, artifact_id: str) -> Path:
         """Where partial results of an unfinished artifact are kept."""
