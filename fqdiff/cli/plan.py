@@ -171,6 +171,10 @@ def plan_text(manifest: "Manifest", value: "Plan", rows: list[dict[str, object]]
     cells.append(["file", "", "", f"{full_bytes:,}", f"{value.file_bytes:,}"])
     header = ("block", f"tensors to {low}", f"weights to {low}", "bytes in float32", "bytes planned")
     title = f"plan {manifest.id}: {value.strategy}, {value.bits_per_weight:.3f} bits per weight, {mebibytes(value.file_bytes)}"
-    rest = "biases and norms stay float32" + ("" if value.strategy == "uniform" else f", all other weights are {high}")
+    rest = "everything else stays float32"
+    if high != "float32":
+        rest = "biases and norms stay float32" + (
+            "" if value.strategy == "uniform" else f", all other weights are {high}"
+        )
     rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
     return "\n".join([title, table(header, cells), rest, *rules])
