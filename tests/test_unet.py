@@ -94,6 +94,8 @@ def test_the_time_reaches_every_block() -> None:
         ({"attention_blocks": (7,)}, "attention in blocks"),
         ({"time_embedding": "none"}, "unknown time embedding"),
         ({"activation": "tanh"}, "unknown activation"),
+        ({"num_train_timesteps": 40_000}, "40000 timesteps"),
+        ({"image_size": 8192}, "up to 4096"),
     ],
 )
 def test_an_architecture_that_cannot_be_built_says_why(changes: dict[str, object], message: str) -> None:

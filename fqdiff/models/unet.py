@@ -18,6 +18,7 @@ from fqdiff.errors import ConfigError
 
 TIME_EMBEDDINGS = ("sliced", "learned")
 TIME_TABLE_LIMIT = 2**23  # timesteps x channels: even a network without weights holds this table; the paper's has 2**19
+TIMESTEP_LIMIT = 2**15 - 1  # Fisher tables hold timesteps as 16-bit numbers
 IMAGE_SIZE_LIMIT = 4096
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
 
@@ -64,7 +65,8 @@ def check_config(config: UNetConfig) -> None:
             f"image_size {config.image_size} is not a multiple of 8 up to {IMAGE_SIZE_LIMIT}",
             "three blocks halve the resolution",
         )
-    if config.num_train_timesteps * max(config.time_channels, *c) > TIME_TABLE_LIMIT:
+    table = config.num_train_timesteps * max(config.time_channels, *c)
+    if config.num_train_timesteps > TIMESTEP_LIMIT or table > TIME_TABLE_LIMIT:
         raise ConfigError(f"{config.num_train_timesteps} timesteps for channels {c}", "use fewer timesteps, e.g. 1000")
     if config.time_embedding not in TIME_EMBEDDINGS:
         raise ConfigError(f"unknown time embedding '{config.time_embedding}'", f"one of: {', '.join(TIME_EMBEDDINGS)}")
