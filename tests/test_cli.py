@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import CliRunner, Result
 
 import fqdiff
 from fqdiff.cli.app import app
+from fqdiff.cli.fid import fid_text
+from fqdiff.pipeline import Runner
 from fqdiff.store.store import Store
 from tests.test_evidence import StandIn
 
@@ -170,6 +173,17 @@ def test_inception_features_are_named_with_the_hash_of_their_weights(store: Path
     data = good(copy, "fid", samples.id, "--features", "inception", "--inception-weights", str(weights), "--count", "5")
     assert (data["features"], data["dimension"], data["n"]) == ("inception-clean", 2048, 5)
     assert data["features_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((-1.0, 0.5), "not distinguishable"), ((0.1, 0.5), "distinguishable at"), ((-2.0, -0.1), "lower is no gain")],
+)
+def test_a_difference_is_put_in_words(store: Path, interval: tuple[float, float], verdict: str) -> None:
+    (manifest,) = Store(store).manifests("metrics")
+    value = Runner(Store(store)).load(manifest)
+    last = fid_text(manifest, replace(value, difference=sum(interval) / 2, interval=interval)).splitlines()[-1]
+    assert verdict in last
 
 
 def test_lineage_leads_from_the_number_to_the_data(store: Path) -> None:

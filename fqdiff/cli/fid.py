@@ -142,7 +142,11 @@ def fid_text(manifest: "Manifest", value: "FidResult") -> str:
         lines.append(f"mean top-1 confidence of the classifier: {value.confidence:.3f}")
     if value.difference is not None and value.interval is not None:
         low, high = value.interval
-        verdict = "not distinguishable at the 95 % level" if low <= 0 <= high else "distinguishable at the 95 % level"
+        verdict = "distinguishable at the 95 % level"
+        if low <= 0 <= high:
+            verdict = "not distinguishable at the 95 % level"
+        elif high < 0:
+            verdict += "; lower is no gain, for the model moved away from the baseline"
         lines.append(f"mean squared pixel difference to the baseline, same noise: {value.image_error:.2e}")
         lines.append(
             f"difference to the baseline: {value.difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: {verdict}"
