@@ -292,7 +292,8 @@ def common(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def wrapper(**values: Any) -> None:
             options = {n: values.pop(f"opt_{n}", COMMON_OPTIONS[n][1]) for n in COMMON_OPTIONS}
             debug = options.pop("debug")
-            session = Session(*options.values())
+            renamed = {"store": "store_path", "device": "device_name", "config": "config_path", "json": "as_json"}
+            session = Session(**{renamed.get(name, name): value for name, value in options.items()})
             previous = signal.signal(signal.SIGINT, session.interrupt)
             try:
                 function(session, **values)
