@@ -1,9 +1,16 @@
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -330,6 +337,23 @@ def test_a_sampling_interrupted_exits_with_130(tmp_path: Path) -> None:
     assert code == 130
     assert "Traceback" not in text
     assert not list((tmp_path / "store").glob("samples/*"))
+
+
+def test_progress_shows_loss_rate_and_time_left_on_a_terminal_only(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fqdiff", "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "60"]
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+    process = subprocess.Popen([*command, "--store", str(tmp_path / "a")], stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that its last writer is gone
+        while piece := os.read(master, 4096):
+            shown += piece
+    os.close(master)
+    assert process.wait(timeout=30) == 0
+    assert re.search(r"60/60 \[\d\d:\d\d<\d\d:\d\d, .*step/s, loss \d\.\d{4}\]", shown.decode())
+    piped = subprocess.run([*command, "--store", str(tmp_path / "b")], capture_output=True, text=True, check=True)
+    assert "step/s" not in piped.stderr
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------
