@@ -37,6 +37,7 @@ class TrainConfig:
     architecture: dict[str, object] = field(default_factory=dict)
     schedule: str = "linear"
     prediction: str = "eps"
+    weighting: str = "uniform"
     steps: int = 5000
     batch_size: int = 64
     optimizer: str = "adamw"
@@ -60,24 +61,60 @@ class TrainConfig:
         require(self.decay in ("none", "cosine"), f"unknown decay '{self.decay}'", "one of: none, cosine")
         require(self.prediction in ("eps", "v"), f"unknown prediction '{self.prediction}'", "one of: eps, v")
         require(
+            self.weighting in ("uniform", "min-snr"),
+            f"unknown weighting '{self.weighting}'",
+            "one of: uniform, min-snr",
+        )
+        require(
             self.precision in ("float32", "bfloat16"),
             f"unknown precision '{self.precision}'",
             "one of: float32, bfloat16",
         )
 
 
+FISHER_KINDS = ("empirical", "true", "trajectory")
+GRANULARITIES = ("tensor", "channel", "weight")
+VARIANCE_REDUCTIONS = ("none", "antithetic", "common", "both")
+
+
 @dataclass(frozen=True)
 class FisherConfig:
-    """How the Fisher diagonal is estimated: ``samples`` per timestep, at ``timesteps`` evenly spaced timesteps."""
+    """How the Fisher diagonal is estimated: ``samples`` per timestep, at ``timesteps`` evenly spaced timesteps.
+
+    ``trajectory`` measures whole sampler runs instead: ``samples`` of them, of ``steps`` steps; ``window`` consecutive steps
+    are differentiated together, 0 for all. ``bins``: timestep bins of the per-weight values.
+    """
 
     kind: str = "empirical"
     timesteps: int = 1000
     samples: int = 8
+    granularity: str = "channel"
+    bins: int = 20
+    activations: bool = True
+    variance_reduction: str = "none"
+    precision: str = "float32"
+    sampler: str = "ddim"
+    steps: int = 50
+    window: int = 0
 
     def __post_init__(self) -> None:
-        require(self.kind == "empirical", f"unknown Fisher kind '{self.kind}'", "one of: empirical")
+        for name, known in (
+            ("kind", FISHER_KINDS),
+            ("granularity", GRANULARITIES),
+            ("variance_reduction", VARIANCE_REDUCTIONS),
+            ("precision", ("float32", "bfloat16")),
+            ("sampler", ("ddim",)),
+        ):
+            require(
+                getattr(self, name) in known, f"unknown {name} '{getattr(self, name)}'", f"one of: {', '.join(known)}"
+            )
         require(self.timesteps >= 1, f"timesteps is {self.timesteps}", "use 1 or more, e.g. 1000")
         require(self.samples >= 2, f"samples is {self.samples}", "a standard error needs 2 or more")
+        require(self.bins >= 1, f"bins is {self.bins}", "use 1 or more, e.g. 20")
+        require(self.steps >= 1, f"steps is {self.steps}", "use 1 or more, e.g. 50")
+        require(
+            0 <= self.window <= self.steps, f"window is {self.window}", f"use 1 to {self.steps}, or 0 for all steps"
+        )
 
 
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std")

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from fqdiff.diffusion.samplers import ddim, ddpm, sampling_timesteps
-from fqdiff.diffusion.schedule import add_noise, make_schedule, noise_from_velocity, velocity
+from fqdiff.diffusion.schedule import (
+    add_noise,
+    loss_weight,
+    make_schedule,
+    noise_from_velocity,
+    regression_target,
+    velocity,
+)
 from fqdiff.errors import ConfigError
 
 
@@ -100,3 +107,18 @@ def test_the_last_step_adds_no_noise() -> None:
 
     list(ddpm(lambda x, t: x, torch.randn(1, 1, 2, 2), schedule, 20, draw))
     assert len(draws) == 19
+
+
+@pytest.mark.parametrize(("prediction", "t"), [(p, t) for p in ("eps", "v") for t in (0, 300, 700, 998)])
+def test_min_snr_counts_an_image_error_min_snr_times_at_every_timestep(prediction: str, t: int) -> None:
+    schedule = make_schedule("cosine", 1000)
+    x_0, noise, error = torch.randn(3, 1, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([t])
+    a, s = schedule.alphas_cumprod[t].sqrt(), (1 - schedule.alphas_cumprod[t]).sqrt()
+    x_t = add_noise(schedule, x_0, noise, at)
+    wrong_noise = (x_t - a * (x_0 + error)) / s  # what a network says that takes the image for x_0 + error
+    wrong = wrong_noise if prediction == "eps" else a * wrong_noise - s * (x_0 + error)
+    target, _ = regression_target(schedule, prediction, x_0, noise, at)
+    loss = (loss_weight(schedule, prediction, "min-snr", at, x_t) * (wrong - target).square()).sum()
+    snr = (a / s) ** 2
+    torch.testing.assert_close(loss, snr.clamp(max=5) * error.square().sum())

@@ -245,6 +245,15 @@ def test_training_and_held_out_images_never_overlap_and_are_all(name: str, data:
     assert len(value.train) + len(value.reference) == len(value.images)
 
 
+def test_mnist15k_adds_test_digits_and_holds_out_the_same_images_of_mnist5k(data: Path, mnist5k: Dataset) -> None:
+    put_files(data / "MNIST" / "raw", {k: v for k, v in mnist_files().items() if k.startswith("t10k")})
+    joined = dataset("mnist15k")
+    assert torch.equal(joined.images[:5000], mnist5k.images)
+    assert torch.equal(joined.held_out[:5000], mnist5k.held_out)
+    more = len(joined.images) - 5000
+    assert 0 < int(joined.held_out[5000:].sum()) == round(0.4 * more) < more
+
+
 def test_the_split_does_not_change_with_the_seed_or_size(mnist5k: Dataset) -> None:
     other = load_dataset(dataset_config("mnist5k", 16), 7, Context())
     assert torch.equal(other.held_out, mnist5k.held_out)

@@ -7,9 +7,11 @@ import typer
 
 import fqdiff
 from fqdiff.cli import fid, fisher, plan, quantize, run, sample, store, train
+from fqdiff.cli.groups import InOrder
 
 app = typer.Typer(
     name="fqdiff",
+    cls=InOrder,
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -19,7 +21,7 @@ app = typer.Typer(
 PIPELINE = "Pipeline, in order of use"
 HOUSE = "Everything else"
 app.command("train", rich_help_panel=PIPELINE, epilog=train.EXAMPLE)(train.train)
-app.command("fisher", rich_help_panel=PIPELINE, epilog="Example: fqdiff fisher --timesteps 1000")(fisher.fisher)
+app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)
 app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(plan.plan)
 app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(
     quantize.quantize

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fqdiff.cli.groups import DefaultCommand
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data, table
 from fqdiff.configs import FisherConfig
@@ -13,8 +14,12 @@ if TYPE_CHECKING:
     from fqdiff.values import FisherTable
 
 
+app = typer.Typer(cls=DefaultCommand, help="Measure the Fisher information of every layer at every timestep.")
+
+
+@app.command("measure", epilog="Example: fqdiff fisher --timesteps 1000")
 @common()
-def fisher(
+def measure(
     session: Session,
     checkpoint: Annotated[
         str | None, typer.Argument(help="Checkpoint: name, id or prefix.", show_default="the latest")

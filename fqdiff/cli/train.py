@@ -60,7 +60,7 @@ def train(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="mnist, mnist5k, fashion-mnist, cifar10 or folder:PATH.",
+            help="mnist, mnist5k, mnist15k, fashion-mnist, cifar10 or folder:PATH.",
             show_default="mnist if it can be had, else mnist5k",
         ),
     ] = None,
@@ -91,6 +91,9 @@ def train(
     prediction: Annotated[
         str | None, typer.Option(help="What the network predicts: eps or v.", rich_help_panel=RECIPE)
     ] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="Loss over timesteps: uniform or min-snr.", rich_help_panel=RECIPE)
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="float32 or bfloat16 (autocast).", rich_help_panel=RECIPE)
     ] = None,
@@ -103,7 +106,7 @@ def train(
     from fqdiff.store.sources import image_channels
 
     recipe = (preset, dataset, image_size, steps, batch_size, learning_rate, optimizer, weight_decay, warmup, decay)
-    recipe_too = (clip_norm, ema_decay, schedule, prediction, precision, session.config_path)
+    recipe_too = (clip_norm, ema_decay, schedule, prediction, weighting, precision, session.config_path)
     if resume:
         if session.force or any(value is not None for value in (*recipe, *recipe_too)):
             raise ConfigError("--resume continues the interrupted recipe as it is", "leave the other settings out")
@@ -126,6 +129,7 @@ def train(
         ema_decay=ema_decay,
         schedule=schedule,
         prediction=prediction,
+        weighting=weighting,
         precision=precision,
     )
     size = image_size or session.from_file("train", "image_size", 32) or chosen.image_size

@@ -15,6 +15,7 @@ from fqdiff.errors import ConfigError
 
 SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("eps", "v")  # what a network's output may stand for: the noise, or the velocity
+MIN_SNR_GAMMA = 5.0
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,17 @@ def regression_target(
     if prediction == "eps":
         return noise, torch.ones_like(noise[..., :1, :1, :1])
     return velocity(schedule, images, noise, t), signal_and_noise_scale(schedule, t, images)[0]
+
+
+def loss_weight(schedule: NoiseSchedule, prediction: str, weighting: str, t: Tensor, like: Tensor) -> Tensor:
+    """Weight of each sample's squared error in the training loss, t [B] -> shaped to multiply ``like`` [B, ...].
+
+    ``uniform``: 1. ``min-snr``: min(SNR, 5) / SNR for eps, / (SNR + 1) for v, so that an error of the image implied counts
+    min(SNR, 5) times at every t, SNR = abar / (1 - abar) (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+    """
+    if weighting == "uniform":
+        return torch.ones_like(like[..., :1, :1, :1])
+    alphas_cumprod = schedule.alphas_cumprod[t.cpu()]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    weight = snr.clamp(max=MIN_SNR_GAMMA) / (snr if prediction == "eps" else snr + 1)
+    return weight.to(like).view((-1,) + (1,) * (like.ndim - 1))

@@ -127,6 +127,18 @@ class ResBlock(nn.Module):
         return out
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v by the fused kernel: [B, N, L, D] -> same shape.
+
+    At 256 tokens and 4 channels per head it trains four times faster than the written-out form; but on a CPU it is three
+    times slower in bfloat16 than in float32.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over pixels, added to its input: [B, C, H, W] -> same shape."""
 
@@ -141,8 +153,7 @@ class Attention(nn.Module):
         height, width = x.shape[2:]
         tokens = rearrange(x, "b c h w -> b (h w) c")
         q, k, v = rearrange(self.qkv(tokens), "b l (three n d) -> three b n l d", three=3, n=self.num_heads)
-        # The fused kernel: at 256 tokens and 4 channels per head it trains four times faster than the written-out form.
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
         mixed = rearrange(mixed, "b n l d -> b l (n d)")
         out: Tensor = x + rearrange(self.out(mixed), "b (h w) c -> b c h w", h=height, w=width)
         return out

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,7 +16,7 @@ from fqdiff import distributed
 from fqdiff.configs import TrainConfig
 from fqdiff.context import Context, Part
 from fqdiff.diffusion.samplers import ddim
-from fqdiff.diffusion.schedule import NoiseSchedule, add_noise, regression_target
+from fqdiff.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, regression_target
 from fqdiff.errors import ConfigError, DataError, NumericalError
 from fqdiff.evidence.features import to_uint8, to_unit_range
 from fqdiff.models.registry import build
@@ -119,6 +118,7 @@ def train_step(
     x_0 = to_unit_range(images[chosen[mine].to(images.device)])
     x_t = add_noise(schedule, x_0, noise, t).contiguous(memory_format=torch.channels_last)
     target, _ = regression_target(schedule, config.prediction, x_0, noise, t)
+    weight = loss_weight(schedule, config.prediction, config.weighting, t, x_t)
 
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
@@ -127,7 +127,7 @@ def train_step(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, "dropout", state.step, distributed.rank()))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            loss = F.mse_loss(forward(x_t, t).float(), target)
+            loss = (weight * (forward(x_t, t).float() - target).square()).mean()
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(state.network.parameters(), config.clip_norm or math.inf)
