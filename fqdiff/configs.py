@@ -110,6 +110,11 @@ class FisherConfig:
             )
         require(self.timesteps >= 1, f"timesteps is {self.timesteps}", "use 1 or more, e.g. 1000")
         require(self.samples >= 2, f"samples is {self.samples}", "a standard error needs 2 or more")
+        require(
+            self.variance_reduction not in ("antithetic", "both") or (self.samples % 2 == 0 and self.samples >= 4),
+            f"{self.samples} samples in antithetic pairs",
+            "use an even number, 4 or more",
+        )
         require(self.bins >= 1, f"bins is {self.bins}", "use 1 or more, e.g. 20")
         require(self.steps >= 1, f"steps is {self.steps}", "use 1 or more, e.g. 50")
         require(

@@ -4,6 +4,7 @@ Nothing here may change a result; what does belongs in the stage's config.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class MemoryParts:
 @dataclass(frozen=True)
 class Context:
     """``batch_size``: images per forward pass outside training. ``save_interval``: seconds between saved train states.
+    ``max_memory``: bytes that the process should stay below, 0 for no limit; stages that can then take smaller batches.
 
     A stage that can stop between two steps with its state saved works inside ``soft_stop()``, asks what it yields after
     each step, and raises KeyboardInterrupt when told so. Outside of it an interrupt comes at once.
@@ -89,7 +91,18 @@ class Context:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch_size: int = 100
+    max_memory: int = 0
     progress: Progress = silent_progress
     parts: Parts = field(default_factory=MemoryParts)
     save_interval: float = field(default_factory=lambda: float(os.environ.get("FQDIFF_SAVE_INTERVAL", "30")))
     soft_stop: Callable[[], AbstractContextManager[Callable[[], bool]]] = never_stop
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -8,7 +8,6 @@ import importlib
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from filelock import Timeout
 
 import fqdiff
 from fqdiff import distributed
-from fqdiff.context import Context
+from fqdiff.context import Context, peak_memory
 from fqdiff.errors import LineageError
 from fqdiff.store.codecs import CODECS
 from fqdiff.store.fields import printable
@@ -32,25 +31,37 @@ from fqdiff.store.store import Store
 
 @dataclass(frozen=True)
 class Stage:
-    """``run``: module and function. ``inputs``: roles in the order of its parameters. ``schema`` rises when results change."""
+    """``run``: module and function. ``inputs``: roles in the order of its parameters. ``schema`` rises when results change.
+
+    ``shard``: the function that does one of several shares of the work and keeps it as parts, where the stage has one.
+    """
 
     kind: str
     run: str
     inputs: tuple[str, ...] = ()
     schema: int = 1
     parallel: bool = False  # whether every process started by torchrun takes part
+    shard: str = ""
 
-    def function(self) -> Callable[..., Any]:
-        """The stage's function; importing it may import torch."""
-        module, name = self.run.split(":")
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        return function
+
+def _function(where: str) -> Callable[..., Any]:
+    """The function called ``module:name``; importing it may import torch."""
+    module, name = where.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
 
 
 STAGES: Mapping[str, Stage] = {
     "dataset": Stage("dataset", "fqdiff.store.sources:load_dataset"),
     "train": Stage("checkpoint", "fqdiff.stages.train:train", ("dataset",), parallel=True),
-    "fisher": Stage("fisher", "fqdiff.stages.fisher:fisher", ("checkpoint", "dataset")),
+    "fisher": Stage(
+        "fisher",
+        "fqdiff.stages.fisher:fisher",
+        ("checkpoint", "dataset"),
+        schema=2,
+        parallel=True,
+        shard="fqdiff.stages.fisher:fisher_shard",
+    ),
     "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher")),
     "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan")),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
@@ -179,12 +190,27 @@ class Runner:
         self._made.add((recipe.kind, recipe.id))
         return manifest
 
+    def run_shard(self, step: Step, shard: tuple[int, int]) -> None:
+        """Do share k of N of ``step``, counted from 1, and keep it as parts. Other shares may run at the same time."""
+        recipe = step.recipe
+        if self.store.find(recipe.kind, recipe.id) is not None:
+            self.say(f"{step.stage}: found {recipe.kind} {recipe.id}, whole")
+            return
+        sources = {role: self._input(source) for role, source in step.inputs.items()}
+        self.say(f"{step.stage}: shard {shard[0]} of {shard[1]} of {recipe.kind} {recipe.id}")
+        _function(STAGES[step.stage].shard)(*self._arguments(step, recipe, sources), shard)
+
+    def parts(self, recipe: Recipe) -> StoredParts:
+        """Partial results of the artifact of ``recipe``."""
+        return StoredParts(self.store.parts_folder(recipe.kind, recipe.id), recipe)
+
     def _compute(self, step: Step, recipe: Recipe, sources: "Mapping[str, Manifest | External]") -> Any:
-        stage = STAGES[step.stage]
-        values = [self.load(sources[role]) if role in sources else None for role in stage.inputs]
-        parts = StoredParts(self.store.parts_folder(recipe.kind, recipe.id), recipe)
-        context = Context(**{**vars(self.context), "parts": parts})
-        return stage.function()(*values, step.config, step.seed, context)
+        return _function(STAGES[step.stage].run)(*self._arguments(step, recipe, sources))
+
+    def _arguments(self, step: Step, recipe: Recipe, sources: "Mapping[str, Manifest | External]") -> list[Any]:
+        values = [self.load(sources[role]) if role in sources else None for role in STAGES[step.stage].inputs]
+        context = Context(**{**vars(self.context), "parts": self.parts(recipe)})
+        return [*values, step.config, step.seed, context]
 
     def _commit(self, recipe: Recipe, value: Any, seconds: float) -> Manifest:
         draft = Manifest(
@@ -252,13 +278,3 @@ def _git_commit() -> str | None:
         return subprocess.run(described, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,20 +1,28 @@
 """``fqdiff fisher``."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fqdiff.cli.groups import DefaultCommand
 from fqdiff.cli.session import Session, common, only_input
-from fqdiff.cli.show import artifact_data, table
+from fqdiff.cli.show import artifact_data, byte_count, mebibytes, table
 from fqdiff.configs import FisherConfig
+from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import FisherTable
 
 
+TRAJECTORY_RUNS = 24
 app = typer.Typer(cls=DefaultCommand, help="Measure the Fisher information of every layer at every timestep.")
+
+
+QUANTITY = "What is measured"
+WORK = "How the work is done (changes no result)"
 
 
 @app.command("measure", epilog="Example: fqdiff fisher --timesteps 1000")
@@ -25,26 +33,199 @@ def measure(
         str | None, typer.Argument(help="Checkpoint: name, id or prefix.", show_default="the latest")
     ] = None,
     timesteps: Annotated[
-        int | None, typer.Option(min=1, help="Evenly spaced timesteps.", show_default=f"{FisherConfig.timesteps}")
+        int | None,
+        typer.Option(
+            min=1, help="Evenly spaced timesteps.", show_default=f"{FisherConfig.timesteps}", rich_help_panel=QUANTITY
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Samples per timestep.", show_default=f"{FisherConfig.samples}")
+        int | None,
+        typer.Option(
+            min=2,
+            help="Samples per timestep, or sampler runs.",
+            show_default=f"{FisherConfig.samples}; {TRAJECTORY_RUNS} runs",
+            rich_help_panel=QUANTITY,
+        ),
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="empirical, true (targets drawn from the model) or trajectory (through the whole sampler).",
+            show_default=FisherConfig.kind,
+            rich_help_panel=QUANTITY,
+        ),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            help="What a row keeps: tensor, channel, or also every weight in bins of timesteps.",
+            show_default=FisherConfig.granularity,
+            rich_help_panel=QUANTITY,
+        ),
+    ] = None,
+    bins: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Bins of timesteps for --granularity weight.",
+            show_default=f"{FisherConfig.bins}",
+            rich_help_panel=QUANTITY,
+        ),
+    ] = None,
+    activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--activations/--no-activations",
+            help="Also measure the outputs of layers.",
+            show_default="activations",
+            rich_help_panel=QUANTITY,
+        ),
+    ] = None,
+    variance_reduction: Annotated[
+        str | None,
+        typer.Option(
+            help="none, antithetic (pairs of opposite noise), common (the same noise at every timestep) or both.",
+            show_default=FisherConfig.variance_reduction,
+            rich_help_panel=QUANTITY,
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, or bfloat16 for the two passes (sums stay float64).",
+            show_default=FisherConfig.precision,
+            rich_help_panel=QUANTITY,
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="Sampler of a trajectory: ddim.", show_default=FisherConfig.sampler, rich_help_panel=QUANTITY
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps of the sampler.", show_default=f"{FisherConfig.steps}", rich_help_panel=QUANTITY
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps differentiated together; 0 for all.", show_default="0", rich_help_panel=QUANTITY
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure share k of N only, as k/N; fqdiff fisher merge joins them.",
+            metavar="K/N",
+            rich_help_panel=WORK,
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Keep the process below this, e.g. 4GiB.", show_default="no limit", rich_help_panel=WORK),
+    ] = None,
+    max_disk: Annotated[str, typer.Option(help="Refuse to write more than this.", rich_help_panel=WORK)] = "1GiB",
 ) -> None:
-    """Measure the Fisher information of every layer at every timestep."""
+    """Measure the Fisher information of every layer at every timestep; see also top, merge, validate."""
     from fqdiff.pipeline import Step
 
     source = session.resolve(checkpoint, ("checkpoint",))
-    config = session.settings("fisher", FisherConfig, {}, timesteps=timesteps, samples=samples)
+    of_trajectory = {"sampler": sampler, "steps": steps, "window": window}
+    of_timesteps = {
+        "timesteps": timesteps,
+        "activations": activations,
+        "variance_reduction": variance_reduction,
+        "precision": precision,
+    }
+    tables = session.tables().get("fisher", {})
+    trajectory = (kind or tables.get("kind")) == "trajectory"
+    foreign = [name for name, v in (of_timesteps if trajectory else of_trajectory).items() if v is not None]
+    if foreign:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        raise ConfigError(
+            f"{options} says nothing about the {kind or FisherConfig.kind} Fisher",
+            "leave it out" if trajectory else "add --kind trajectory, or leave it out",
+        )
+    config = session.settings(
+        "fisher",
+        FisherConfig,
+        {"samples": TRAJECTORY_RUNS} if trajectory else {},
+        kind=kind,
+        samples=samples,
+        granularity=granularity,
+        bins=bins,
+        **of_timesteps,
+        **of_trajectory,
+    )
+    if bins is not None and config.granularity != "weight":
+        raise ConfigError("--bins says nothing without single weights", "add --granularity weight, or leave it out")
     inputs = {"checkpoint": source, "dataset": only_input(session, source, "dataset")}
     step = Step("fisher", inputs, config, session.seed)
-    manifest = session.make(step)
+    check_disk(session, source, config, byte_count("--max-disk", max_disk))
+    if max_memory is not None:
+        limit = byte_count("--max-memory", max_memory)
+        session.runner.context = replace(session.runner.context, max_memory=limit)
+    if shard is not None:
+        measure_shard(session, step, parse_shard(shard))
+        return
+    show_fisher(session, session.make(step))
+
+
+def check_disk(session: Session, source: "Manifest", config: FisherConfig, limit: int) -> None:
+    """Say what single weights will take, and refuse what is more than ``limit``."""
+    from fqdiff.store.fisher_files import weights_bytes
+
+    if config.granularity != "weight":
+        return
+    parameters = sum(t.numel() for t in session.runner.load(source).tensors.values())
+    bins = 1 if config.kind == "trajectory" else min(config.bins, config.timesteps)
+    size = weights_bytes(parameters, bins)
+    session.note(f"single weights: {parameters:,} x {bins} bins, about {mebibytes(size)}")
+    if size > limit:
+        raise ConfigError(
+            f"single weights take about {size / 2**20:.0f} MiB, more than --max-disk {limit / 2**20:.0f} MiB",
+            f"use --bins {max(1, bins * limit // size)} or fewer, --granularity channel, or raise --max-disk",
+        )
+
+
+def measure_shard(session: Session, step: "Step", shard: tuple[int, int]) -> None:
+    """One share of the work; what it leaves are parts, no artifact."""
+    if session.name is not None:
+        raise ConfigError("a shard is no artifact and takes no --name", "give the name to fqdiff fisher merge")
+    data = {"kind": step.kind, "id": step.id, "shard": shard[0], "of": shard[1], "done": not session.dry_run}
+    if not session.dry_run:
+        session.runner.run_shard(step, shard)
+    word = "would measure" if session.dry_run else "measured"
+    session.result(
+        data,
+        lambda: (
+            f"{word} shard {shard[0]} of {shard[1]} of fisher {step.id}\nwhen all are there: fqdiff fisher merge {step.id}"
+        ),
+    )
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``2/8`` -> (2, 8). Raises ConfigError."""
+    number, _, count = text.partition("/")
+    if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
+        raise ConfigError(f"cannot read the shard '{text}'", "k/N, such as 1/4 for the first of four")
+    if not 1 <= int(number) <= int(count):
+        raise ConfigError(f"there is no shard {number} of {count}", f"use 1/{count} to {count}/{count}")
+    return int(number), int(count)
+
+
+def show_fisher(session: Session, manifest: "Manifest | None") -> None:
+    """The table of one Fisher artifact; nothing after --dry-run."""
     if manifest is None:
         return
     value: FisherTable = session.runner.load(manifest)
     rows = fisher_rows(value)
     data = {
         **artifact_data(session.store, manifest),
+        "fisher_kind": value.kind,
         "timesteps": len(value.timesteps),
         "samples": value.samples,
         "blocks": rows,
@@ -57,12 +238,16 @@ def fisher_rows(value: "FisherTable") -> list[dict[str, object]]:
     import torch
 
     rows: list[dict[str, object]] = []
-    for block in ("stem", "1", "2", "3", "4", "5", "6", "head"):
+    for block in dict.fromkeys(e.block for e in value.entries.values()):
         entries = [e for e in value.entries.values() if e.block == block]
         weights = sum(e.numel for e in entries)
         mean = torch.stack([e.mean * e.numel for e in entries]).sum(dim=0) / weights
         middle = len(value.timesteps) // 2
         numbers = {"first": mean[0], "middle": mean[middle], "last": mean[-1], "mean": mean.mean()}
+        if value.trajectory:
+            numbers["whole run"] = torch.tensor(
+                sum(e.mean * e.numel for e in value.trajectory.values() if e.block == block) / weights
+            )
         rows.append({"block": block, "weights": weights, **{k: float(v) for k, v in numbers.items()}})
     return rows
 
@@ -70,10 +255,19 @@ def fisher_rows(value: "FisherTable") -> list[dict[str, object]]:
 def fisher_text(manifest: "Manifest", value: "FisherTable", rows: list[dict[str, object]]) -> str:
     """The table of :func:`fisher_rows` for people."""
     t = value.timesteps
-    header = ("block", "weights", f"t={t[0]}", f"t={t[len(t) // 2]}", f"t={t[-1]}", "mean over t")
-    cells = [
-        [str(r["block"]), f"{r['weights']:,}", *(f"{r[k]:.2e}" for k in ("first", "middle", "last", "mean"))]
-        for r in rows
-    ]
-    title = f"fisher {manifest.id}: mean squared per-sample gradient, {len(t)} timesteps x {value.samples} samples"
-    return title + "\n" + table(header, cells)
+    columns = {
+        "first": f"t={t[0]}",
+        "middle": f"t={t[len(t) // 2]}",
+        "last": f"t={t[-1]}",
+        "mean": "mean over t",
+        "whole run": "whole run",
+    }
+    shown = [key for key in columns if key in rows[0]]
+    cells = [[str(r["block"]), f"{r['weights']:,}", *(f"{r[k]:.2e}" for k in shown)] for r in rows]
+    what = (
+        f"{value.samples} runs of {len(t)} steps"
+        if value.trajectory
+        else f"{len(t)} timesteps x {value.samples} samples"
+    )
+    title = f"fisher {manifest.id}: {value.kind}, mean squared per-sample gradient, {what}"
+    return title + "\n" + table(("block", "weights", *(columns[k] for k in shown)), cells)

@@ -174,7 +174,7 @@ class Session:
         self.note(f"{manifest.kind}: the latest, {manifest.id}" + (f" ({', '.join(names)})" if names else ""))
         return manifest
 
-    def settings(self, table: str, kind: type[Config], base: Mapping[str, object], **flags: object) -> Config:
+    def settings(self, table: str, kind: type[Config], base: Mapping[str, object], /, **flags: object) -> Config:
         """A stage's config: flags that were given, over the TOML table, over ``base``, over the defaults."""
         given = {k: v for k, v in flags.items() if v is not None}
         return kind(**{**base, **self._from_file(table, kind), **given})

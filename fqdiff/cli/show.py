@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fqdiff.errors import ConfigError
+
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
     from fqdiff.store.store import Store
@@ -20,6 +22,21 @@ def mebibytes(count: int) -> str:
     """Bytes as MiB or KiB, with the exact number."""
     size = f"{count / 2**20:.2f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
     return f"{size} ({count:,} bytes)"
+
+
+def byte_count(option: str, text: str) -> int:
+    """``4GiB``, ``500MB`` or ``1000000`` as bytes. Raises ConfigError naming ``option``."""
+    units = {"": 1, "B": 1} | {f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}
+    units |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
+    digits = text.rstrip("KMGTiB ")
+    unit = {name.lower(): size for name, size in units.items()}.get(text[len(digits) :].strip().lower())
+    try:
+        size = float(digits)
+    except ValueError:
+        size = -1.0
+    if unit is None or not 0 <= size * unit < 2**63:
+        raise ConfigError(f"cannot read {option} '{text}'", "a size such as 500MB, 4GiB or 1000000")
+    return int(size * unit)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,7 +31,7 @@ def sampling_timesteps(num_train_timesteps: int, num_inference_steps: int) -> li
     return [round(num_train_timesteps - i * stride) - 1 for i in range(num_inference_steps)]
 
 
-def _steps(schedule: NoiseSchedule, num_inference_steps: int) -> Iterator[tuple[int, float, float, bool]]:
+def sampling_steps(schedule: NoiseSchedule, num_inference_steps: int) -> Iterator[tuple[int, float, float, bool]]:
     """(t, alphas_cumprod[t], alphas_cumprod of the next step, is it the last) for each step; the last one goes to 1."""
     timesteps = sampling_timesteps(schedule.num_train_timesteps, num_inference_steps)
     alphas_cumprod = [float(schedule.alphas_cumprod[t]) for t in timesteps] + [1.0]
@@ -54,7 +54,7 @@ def ddpm(
     clip: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
     """Ancestral sampling with the posterior variance (Ho et al. 2020, eq. 6 and 7; algorithm 2 with clipped x_0)."""
-    for t, abar, abar_next, last in _steps(schedule, num_inference_steps):
+    for t, abar, abar_next, last in sampling_steps(schedule, num_inference_steps):
         eps = predict_noise(x, torch.full((len(x),), t, device=x.device))
         image = predict_image(x, eps, abar, clip)
         alpha = abar / abar_next
@@ -62,6 +62,17 @@ def ddpm(
         std = ((1 - alpha) * (1 - abar_next) / (1 - abar)) ** 0.5
         x = mean if last else mean + std * draw_noise()
         yield t, x
+
+
+def ddim_update(x: Tensor, eps: Tensor, abar: float, abar_next: float, std: float = 0.0, clip: bool = True) -> Tensor:
+    """Where one DDIM step takes x_t, before its step noise (Song et al. 2021, eq. 12).
+
+    eps is recomputed from the clipped image, so that x stays on the line between image and noise.
+    """
+    image = predict_image(x, eps, abar, clip)
+    eps = (x - abar**0.5 * image) / (1 - abar) ** 0.5
+    moved: Tensor = abar_next**0.5 * image + (1 - abar_next - std**2) ** 0.5 * eps
+    return moved
 
 
 def ddim(
@@ -73,16 +84,11 @@ def ddim(
     eta: float = 0.0,
     clip: bool = True,
 ) -> Iterator[tuple[int, Tensor]]:
-    """DDIM (Song et al. 2021, eq. 12 and 16). eta = 0 is deterministic; eta = 1 is DDPM.
-
-    eps is recomputed from the clipped image, so that x stays on the line between image and noise.
-    """
-    for t, abar, abar_next, last in _steps(schedule, num_inference_steps):
+    """DDIM (Song et al. 2021, eq. 12 and 16). eta = 0 is deterministic; eta = 1 is DDPM."""
+    for t, abar, abar_next, last in sampling_steps(schedule, num_inference_steps):
         eps = predict_noise(x, torch.full((len(x),), t, device=x.device))
-        image = predict_image(x, eps, abar, clip)
-        eps = (x - abar**0.5 * image) / (1 - abar) ** 0.5
         std = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
-        x = abar_next**0.5 * image + (1 - abar_next - std**2) ** 0.5 * eps
+        x = ddim_update(x, eps, abar, abar_next, std, clip)
         if std > 0 and not last:
             x = x + std * draw_noise()
         yield t, x

@@ -1,151 +1,327 @@
-"""Empirical Fisher diagonal of a trained network, per parameter and timestep.
+"""Fisher diagonal of a trained network, per parameter and timestep, or of the whole sampler.
 
 For the negative log-likelihood l = 1/2 * sum over pixels (noise - eps_pred)^2 of one sample (unit-variance Gaussian),
-F_t = mean over samples of (d l / d theta)^2, elementwise, at fixed t: the mean of squares, not the square of a mean.
-Kunstner et al. 2019 (arXiv:1905.12558) on how it differs from the true Fisher, whose targets the model draws.
 
-Shapes: S samples per timestep, G timesteps handled together, B = G * S samples, C channels, H W pixels.
+    empirical   F_t = mean over samples of (d l / d theta)^2, elementwise, at fixed t: the mean of squares
+    true        the same with targets drawn from the model: g = J^T v, J = d eps_pred / d theta, v ~ N(0, I); its mean is the
+                diagonal of the Gauss-Newton matrix E[J^T J]
+    trajectory  g = J^T v with J = d x_0 / d theta through every step of the sampler
+
+Kunstner et al. 2019 (arXiv:1905.12558) on how the first two differ. The work is cut into units that depend on the recipe
+alone; each is kept as a part when it is done, so that a killed run continues, and several processes or machines can share
+the units: the table comes out the same.
+
+Shapes: T timesteps of the table, U timesteps of one unit, N sampler runs, O output channels.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fqdiff import distributed
 from fqdiff.configs import FisherConfig
-from fqdiff.context import Context
-from fqdiff.diffusion.schedule import add_noise, regression_target
-from fqdiff.errors import ConfigError, NumericalError
-from fqdiff.evidence.features import to_unit_range
-from fqdiff.models.registry import output_axes, parameter_blocks
-from fqdiff.rng import generator
-from fqdiff.values import Checkpoint, Dataset, FisherEntry, FisherTable, ModelSpec
+from fqdiff.context import Bar, Context, Part, Parts
+from fqdiff.diffusion.samplers import sampling_timesteps
+from fqdiff.errors import ArtifactCorrupt, ArtifactNotFound, NumericalError
+from fqdiff.fisher.backward import layers
+from fqdiff.fisher.draws import Batch, antithetic, draw_batch, evenly_spaced_timesteps
+from fqdiff.fisher.memory import batch_that_fits
+from fqdiff.fisher.moments import jackknife_error, robust_weights
+from fqdiff.fisher.timesteps import BATCH, Layout, Measured, Task, measure, tasks
+from fqdiff.fisher.trajectory import Runs, measure_runs
+from fqdiff.fisher.workers import Workers, workers
+from fqdiff.models.registry import build, output_axes, parameter_blocks
+from fqdiff.values import Checkpoint, Dataset, FisherEntry, FisherTable, ModelSpec, TrajectoryEntry, WeightBin
 
-CHUNK = 16  # samples whose gradients are held at once
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, t, target, weight: noise - eps_pred = weight * (target - output)
-PerSampleGradients = Callable[[Tensor, Tensor, Tensor, Tensor], Mapping[str, Tensor]]
+UNITS = 64  # a run is kept about so many times
+UNIT_SAMPLES = 128  # and not before so many samples
+UNIT_RUNS = 4
+ROW_KEYS = ("mean", "standard_error", "maximum", "channel")
+RUNS_TOGETHER = 2  # sampler runs of one backward pass: each keeps a gradient of all parameters
 
 
 @dataclass(frozen=True)
-class Reduced:
-    """One parameter's Fisher at G timesteps: ``mean``, ``standard_error``, ``maximum`` [G] and ``channel`` [G, O], float64."""
+class Unit:
+    """A piece of the work, and the name of the part that holds its result. ``members``: timesteps, or numbers of runs."""
 
-    mean: Tensor
-    standard_error: Tensor
-    maximum: Tensor
-    channel: Tensor
+    name: str
+    members: tuple[int, ...]
 
 
-def evenly_spaced_timesteps(num_train_timesteps: int, count: int) -> Tensor:
-    """``count`` increasing timesteps from 0 to T - 1, both ends included."""
-    if count > num_train_timesteps:
-        raise ConfigError(
-            f"{count} timesteps of a model that has {num_train_timesteps}", f"use 1 to {num_train_timesteps}"
-        )
-    return torch.linspace(0, num_train_timesteps - 1, count, dtype=torch.float64).round().long()
+@dataclass(frozen=True)
+class Job:
+    """What all units have in common."""
 
+    checkpoint: Checkpoint
+    images: Tensor
+    config: FisherConfig
+    seed: int
+    context: Context
 
-def per_sample_gradients(network: nn.Module) -> PerSampleGradients:
-    """A function of a batch of B samples to the gradients of each one's l, keyed by parameter name, [B, ...]."""
-    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    @cached_property
+    def layout(self) -> Layout:
+        """Where output channels are, by parameter and by layer."""
+        network = build(self.checkpoint.spec.architecture, "meta")
+        last = {
+            name: isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm)
+            for name, module in layers(network).items()
+        }
+        return Layout(output_axes(network), {name: -1 if is_last else 0 for name, is_last in last.items()})
 
-    def loss(weights: dict[str, Tensor], x_t: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        output: Tensor = functional_call(network, weights, (x_t[None], t[None]))[0]
-        return 0.5 * (weight * (target - output)).square().sum()
-
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0))
-
-    def call(x_t: Tensor, t: Tensor, target: Tensor, weight: Tensor) -> Mapping[str, Tensor]:
-        with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel and would loop over the samples
-            result: Mapping[str, Tensor] = gradients(parameters, x_t, t, target, weight)
-        return result
-
-    return call
+    @cached_property
+    def batch(self) -> int:
+        """Samples of one backward pass."""
+        return batch_that_fits(self.checkpoint, self.context, BATCH)
 
 
 def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed: int, context: Context) -> FisherTable:
-    """The Fisher table of ``checkpoint`` on the training images of ``dataset``.
+    """The Fisher table of ``checkpoint`` on the training images of ``dataset`` (a trajectory needs no images).
 
-    Sample n at timestep t draws its image and noise from (seed, "fisher", t, n), so nothing depends on the chunking.
-    Raises NumericalError where a value is not finite; every parameter has a row, or it is an error.
+    Raises NumericalError where a value is not finite or a parameter gets no gradient.
     """
-    spec = checkpoint.spec
-    network = checkpoint.network().to(context.device)
-    timesteps = evenly_spaced_timesteps(spec.noise_schedule().num_train_timesteps, config.timesteps)
-    gradients = per_sample_gradients(network)
-    axes, blocks = output_axes(network), parameter_blocks(network)
-    collected: dict[str, list[Reduced]] = {name: [] for name in blocks}
-    group = max(1, CHUNK // config.samples)
-    images = dataset.train
-    with context.progress(len(timesteps), "fisher", "timestep") as bar:
-        for piece in timesteps.split(group):
-            batch = draw_batch(images, spec, piece.tolist(), config.samples, seed)
-            reduced = reduce_gradients(gradients, batch, len(piece), config.samples, axes, context.device)
-            for name, rows in collected.items():
-                if name not in reduced:
-                    raise NumericalError(f"no gradient reached '{name}'", "the network must use every parameter")
-                rows.append(reduced[name])
-            bar.update(len(piece))
-    entries = {
-        name: _entry(blocks[name], dict(checkpoint.tensors)[name].numel(), rows, name)
-        for name, rows in collected.items()
-    }
-    return FisherTable(config.kind, timesteps, config.samples, entries)
+    cut = units(checkpoint.spec, config)
+    measure_units(checkpoint, dataset, config, seed, context, cut[distributed.rank() :: distributed.world_size()])
+    distributed.barrier()
+    return gather(checkpoint, config, context)
 
 
-def draw_batch(images: Tensor, spec: ModelSpec, timesteps: list[int], samples: int, seed: int) -> Batch:
-    """``samples`` samples at each of ``timesteps``, timestep by timestep."""
-    schedule = spec.noise_schedule()
-    chosen, noise = [], []
-    for t in timesteps:
-        for n in range(samples):
-            draw = generator(seed, "fisher", t, n)
-            chosen.append(int(torch.randint(len(images), (), generator=draw)))
-            noise.append(torch.randn(images.shape[1:], generator=draw))
-    t_all = torch.tensor(timesteps).repeat_interleave(samples)
-    x_0, noise_all = to_unit_range(images[chosen]), torch.stack(noise)
-    target, weight = regression_target(schedule, spec.prediction, x_0, noise_all, t_all)
-    return add_noise(schedule, x_0, noise_all, t_all), t_all, target, weight
+def fisher_shard(
+    checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed: int, context: Context, shard: tuple[int, int]
+) -> None:
+    """Measure the units of shard k of N, counted from 1, and keep them as parts; :func:`gather` joins the shards."""
+    number, count = shard
+    cut = units(checkpoint.spec, config)
+    measure_units(checkpoint, dataset, config, seed, context, cut[number - 1 :: count])
 
 
-def reduce_gradients(
-    gradients: PerSampleGradients,
-    batch: Batch,
-    groups: int,
-    samples: int,
-    axes: Mapping[str, int],
-    device: torch.device,
-) -> dict[str, Reduced]:
-    """Squares, summed over the samples of each of ``groups`` timesteps in float64, then reduced over elements."""
-    wide = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs know no float64
-    owner = torch.arange(groups, device=wide).repeat_interleave(samples)
-    diagonal: dict[str, Tensor] = {}  # [G, *shape]: sum of squares over samples
-    per_sample: dict[str, list[Tensor]] = {}  # [B]: mean square of each sample
-    for part in torch.arange(groups * samples).split(CHUNK):
-        for name, gradient in gradients(*(values[part].to(device) for values in batch)).items():
-            square = gradient.to(wide).double().square()
-            if name not in diagonal:
-                diagonal[name] = torch.zeros(groups, *square.shape[1:], dtype=torch.float64, device=wide)
-            diagonal[name].index_add_(0, owner[part.to(wide)], square)
-            per_sample.setdefault(name, []).append(square.flatten(1).mean(dim=1))
-    return {
-        name: _reduce(total / samples, torch.cat(per_sample[name]).view(groups, samples), axes[name])
-        for name, total in diagonal.items()
-    }
+def units(spec: ModelSpec, config: FisherConfig) -> list[Unit]:
+    """The cut of the whole work, from the recipe alone."""
+    if config.kind == "trajectory":
+        members: list[int] = list(range(config.samples))
+        sizes = [UNIT_RUNS] * math.ceil(len(members) / UNIT_RUNS)
+    else:
+        members = evenly_spaced_timesteps(spec.noise_schedule().num_train_timesteps, config.timesteps).tolist()
+        if config.granularity == "weight":  # a unit is a bin
+            bins = min(config.bins, len(members))
+            sizes = [len(members) * (k + 1) // bins - len(members) * k // bins for k in range(bins)]
+        else:
+            size = max(math.ceil(len(members) / UNITS), math.ceil(UNIT_SAMPLES / config.samples))
+            sizes = [size] * math.ceil(len(members) / size)
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    return [
+        Unit(f"unit-{k + 1:04}-of-{len(sizes):04}", tuple(members[start : start + size]))
+        for k, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
 
 
-def _reduce(diagonal: Tensor, per_sample: Tensor, axis: int) -> Reduced:
-    flat = diagonal.flatten(1)
-    channel = diagonal.movedim(axis + 1, 1).flatten(2).mean(dim=2) if diagonal.ndim > 2 else flat
-    error = per_sample.std(dim=1) / per_sample.shape[1] ** 0.5
-    return Reduced(*(v.cpu() for v in (flat.mean(dim=1), error, flat.amax(dim=1), channel)))
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def _entry(block: str, numel: int, rows: list[Reduced], name: str) -> FisherEntry:
-    joined = [torch.cat([getattr(r, key) for r in rows]) for key in ("mean", "standard_error", "maximum", "channel")]
-    if not all(torch.isfinite(values).all() for values in joined):
-        raise NumericalError(f"the Fisher diagonal of '{name}' holds NaN or infinity", "check the checkpoint")
-    return FisherEntry(block, numel, *joined)
+def measure_units(
+    checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed: int, context: Context, mine: Sequence[Unit]
+) -> None:
+    """Measure those of ``mine`` that are not there yet, and keep each as a part."""
+    job = Job(checkpoint, dataset.train, config, seed, context)
+    measure_unit, word = (runs_of, "run") if config.kind == "trajectory" else (timesteps_of, "timestep")
+    with (
+        workers(checkpoint.network, context.device) as pool,
+        context.progress(sum(len(u.members) for u in mine), "fisher", word) as bar,
+        context.soft_stop() as stop_requested,
+    ):
+        for unit in mine:
+            if context.parts.load(unit.name) is not None:
+                bar.update(len(unit.members))
+                continue
+            context.parts.save(unit.name, measure_unit(job, unit, pool, bar))
+            if stop_requested():
+                raise KeyboardInterrupt
+
+
+def timesteps_of(job: Job, unit: Unit, pool: Workers, bar: Bar) -> Part:
+    """Rows at each timestep of ``unit``, and with single weights their sum over the unit."""
+    config, pairs = job.config, antithetic(job.config)
+
+    def draw(task: Task, samples: range) -> Batch:
+        return draw_batch(job.images, job.checkpoint.spec, task.timesteps, samples, config, job.seed)
+
+    def work(network: nn.Module, task: Task) -> Measured:
+        return measure(
+            network,
+            task,
+            draw,
+            job.layout,
+            true=config.kind == "true",
+            pairs=pairs,
+            outputs=config.activations,
+            weights=config.granularity == "weight",
+            autocast=config.precision == "bfloat16",
+        )
+
+    found: list[Measured] = []
+    weights: dict[str, Tensor] = {}
+    todo = tasks(unit.members, config.samples, job.batch, pairs)
+    for task, measured in zip(todo, pool.map(work, todo), strict=True):
+        for name, value in measured.weights.items():
+            weights[name] = weights[name] + value if name in weights else value
+        measured.weights.clear()
+        found.append(measured)
+        bar.update(len(task.timesteps))
+    tensors = {f"weight/{name}": (value / len(unit.members)).float() for name, value in weights.items()}
+    for what, parts in (("parameter", [m.parameters for m in found]), ("output", [m.outputs for m in found])):
+        for name in parts[0]:
+            for key in ROW_KEYS:
+                tensors[f"{what}/{name}/{key}"] = torch.cat([getattr(part[name], key) for part in parts])
+            if config.granularity == "tensor":
+                tensors[f"{what}/{name}/channel"] = torch.zeros(len(unit.members), 0, dtype=torch.float64)
+    _check_finite(tensors)
+    return Part(tensors, {"members": list(unit.members), "elements": found[0].elements})
+
+
+def runs_of(job: Job, unit: Unit, pool: Workers, bar: Bar) -> Part:
+    """Squared gradients of each sampler run of ``unit``."""
+    config = job.config
+
+    def work(network: nn.Module, numbers: tuple[int, ...]) -> Runs:
+        axes = dict(job.layout.parameters)
+        return measure_runs(network, job.checkpoint.spec, numbers, config.steps, config.window, axes, job.seed)
+
+    todo = [unit.members[k : k + RUNS_TOGETHER] for k in range(0, len(unit.members), RUNS_TOGETHER)]
+    found: list[Runs] = []
+    for numbers, runs in zip(todo, pool.map(work, todo), strict=True):
+        found.append(runs)
+        bar.update(len(numbers))
+    tensors = {"norms": torch.cat([runs.norms for runs in found])}
+    for name in found[0].total:
+        for key in ("total", "step", "largest"):
+            tensors[f"{key}/{name}"] = torch.cat([getattr(runs, key)[name] for runs in found])
+        tensors[f"elements/{name}"] = torch.stack([runs.elements[name] for runs in found]).sum(dim=0).float()
+    _check_finite(tensors)
+    if not (tensors["norms"] > 0).all():
+        raise NumericalError("a sampler run has no gradient at all", "is the checkpoint trained?")
+    return Part(tensors, {"members": list(unit.members)})
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, values in tensors.items():
+        if not torch.isfinite(values).all():
+            raise NumericalError(f"the Fisher diagonal of '{name}' holds NaN or infinity", "check the checkpoint")
+
+
+# --- joining ---------------------------------------------------------------------------------------------------------
+
+
+def missing_units(spec: ModelSpec, config: FisherConfig, parts: Parts) -> list[str]:
+    """Names of the units that nobody has measured yet. Raises ArtifactCorrupt for a damaged one."""
+    return [unit.name for unit in units(spec, config) if parts.load(unit.name) is None]
+
+
+def gather(checkpoint: Checkpoint, config: FisherConfig, context: Context) -> FisherTable:
+    """The table from the parts of all units. Raises ArtifactNotFound for a missing one, ArtifactCorrupt for a wrong one."""
+    cut = units(checkpoint.spec, config)
+    parts = []
+    for unit in cut:
+        part = context.parts.load(unit.name)
+        if part is None:
+            raise ArtifactNotFound(f"{unit.name} of the Fisher table is missing", "run the shard that lacks it")
+        if part.data.get("members") != list(unit.members):
+            raise ArtifactCorrupt(f"{unit.name} holds other timesteps than it should", "remove it and measure it again")
+        parts.append(part)
+    network = build(checkpoint.spec.architecture, "meta")
+    numel = {name: p.numel() for name, p in network.named_parameters()}
+    blocks = parameter_blocks(network)
+    join = gather_runs if config.kind == "trajectory" else gather_timesteps
+    return join(checkpoint.spec, config, context, cut, parts, blocks, numel)
+
+
+def gather_timesteps(
+    spec: ModelSpec,
+    config: FisherConfig,
+    context: Context,
+    cut: Sequence[Unit],
+    parts: Sequence[Part],
+    blocks: Mapping[str, str],
+    numel: Mapping[str, int],
+) -> FisherTable:
+    """Rows of all units, one after the other."""
+
+    def entry(what: str, name: str, block: str, count: int) -> FisherEntry:
+        joined = [torch.cat([p.tensors[f"{what}/{name}/{key}"] for p in parts]) for key in ROW_KEYS]
+        return FisherEntry(block, count, *joined)
+
+    elements = mapping_of_counts(parts[0].data["elements"])
+    first = {name.rpartition(".")[0]: block for name, block in blocks.items()}  # block of each layer
+    timesteps = torch.tensor([t for unit in cut for t in unit.members])
+    weights = [
+        WeightBin(unit.members[0], unit.members[-1], partial(_read_weights, context, unit.name, numel))
+        for unit in cut
+        if config.granularity == "weight"
+    ]
+    return FisherTable(
+        config.kind,
+        timesteps,
+        config.samples,
+        {name: entry("parameter", name, blocks[name], count) for name, count in numel.items()},
+        {name: entry("output", name, first[name], count) for name, count in elements.items()},
+        weights=weights,
+    )
+
+
+def mapping_of_counts(value: object) -> dict[str, int]:
+    """Layer name to number of output elements, as a part keeps them."""
+    assert isinstance(value, dict)
+    return {str(name): int(count) for name, count in value.items()}
+
+
+def _read_weights(context: Context, unit: str, numel: Mapping[str, int]) -> dict[str, Tensor]:
+    part = context.parts.load(unit)
+    assert part is not None
+    return {name: part.tensors[f"weight/{name}"] for name in numel}
+
+
+def gather_runs(
+    spec: ModelSpec,
+    config: FisherConfig,
+    context: Context,
+    cut: Sequence[Unit],
+    parts: Sequence[Part],
+    blocks: Mapping[str, str],
+    numel: Mapping[str, int],
+) -> FisherTable:
+    """The robust mean over all runs, of the whole run and of each step."""
+    norms = torch.cat([p.tensors["norms"] for p in parts])
+    votes = robust_weights(norms)
+    # Steps run from noise to image, tables from small t to large.
+    timesteps = torch.tensor(sampling_timesteps(spec.noise_schedule().num_train_timesteps, config.steps)).flip(0)
+    entries, whole, elements = {}, {}, {}
+    for name, block in blocks.items():
+        total, step, largest = (
+            torch.cat([p.tensors[f"{k}/{name}"] for p in parts]) for k in ("total", "step", "largest")
+        )
+        step, largest = step.flip(1), largest.flip(1)
+        channel = torch.einsum("n,nso->so", votes, step)
+        kept = channel[:, :0] if config.granularity == "tensor" else channel
+        error = jackknife_error(step.mean(dim=2), norms)
+        entries[name] = FisherEntry(block, numel[name], channel.mean(dim=1), error, largest.amax(dim=0), kept)
+        # Each element's share, summed over runs, times the geometric mean: the same robust mean, element by element.
+        elements[name] = torch.stack([p.tensors[f"elements/{name}"].double() for p in parts]).sum(dim=0)
+        elements[name] *= norms.log().mean().exp() / len(norms)
+        channel = torch.einsum("n,no->o", votes, total)
+        samples = total.mean(dim=1)
+        whole[name] = TrajectoryEntry(
+            block,
+            numel[name],
+            float(channel.mean()),
+            float(jackknife_error(samples, norms)),
+            float(elements[name].max()),
+            channel[:0] if config.granularity == "tensor" else channel,
+            samples,
+        )
+    weights = []
+    if config.granularity == "weight":
+        single = {name: values.float() for name, values in elements.items()}
+        weights = [WeightBin(int(timesteps[0]), int(timesteps[-1]), lambda: single)]
+    return FisherTable(config.kind, timesteps, config.samples, entries, {}, whole, weights)

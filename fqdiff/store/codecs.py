@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
@@ -19,15 +16,13 @@ from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import PackedTensor, part_layout, stored_bytes
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
-from fqdiff.store.files import MAKE_AGAIN, parse_json, plain_size, read_json, read_tensors, readable, write_tensors
-from fqdiff.store.parquet import unpacked_size
+from fqdiff.store.files import MAKE_AGAIN, read_json, read_tensors, readable, write_tensors
+from fqdiff.store.fisher_files import load_fisher, save_fisher
 from fqdiff.values import (
     Checkpoint,
     ClassifierWeights,
     Dataset,
     FidResult,
-    FisherEntry,
-    FisherTable,
     ModelSpec,
     Plan,
     PlanEntry,
@@ -143,117 +138,6 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     preview = _take(history, path, "preview", torch.uint8, 4)
     _expect(preview.shape[1:] == spec.image_shape, path, f"previews of shape {tuple(preview.shape)}")
     return Checkpoint(spec, tensors, _take(history, path, "loss", torch.float32, 1), preview)
-
-
-# --- fisher ----------------------------------------------------------------------------------------------------------
-
-FISHER_SCHEMA = pa.schema(
-    [
-        ("tensor_id", pa.int16()),
-        ("timestep", pa.int16()),
-        ("tensor", pa.string()),
-        ("block", pa.string()),
-        ("n_samples", pa.int32()),
-        ("numel", pa.int64()),
-        ("mean", pa.float64()),
-        ("standard_error", pa.float64()),
-        ("sum", pa.float64()),
-        ("max", pa.float64()),
-        ("channel", pa.list_(pa.field("element", pa.float32()))),
-    ]
-)
-NAMES = ("tensor", "block")  # read as dictionaries: they then take the space that they take in the file
-FISHER_READ_SCHEMA = pa.schema(
-    [f.with_type(pa.dictionary(pa.int32(), pa.string())) if f.name in NAMES else f for f in FISHER_SCHEMA]
-)
-
-
-def save_fisher(value: FisherTable, directory: Path) -> None:
-    """One row per (tensor, timestep), sorted so; ``channel`` holds the mean of each output channel."""
-    tables = []
-    for tensor_id, (name, entry) in enumerate(value.entries.items()):
-        count = len(value.timesteps)
-        columns = {
-            "tensor_id": pa.array([tensor_id] * count, pa.int16()),
-            "timestep": pa.array(value.timesteps.numpy(), pa.int16()),
-            "tensor": pa.array([name] * count),
-            "block": pa.array([entry.block] * count),
-            "n_samples": pa.array([value.samples] * count, pa.int32()),
-            "numel": pa.array([entry.numel] * count, pa.int64()),
-            "mean": pa.array(entry.mean.numpy()),
-            "standard_error": pa.array(entry.standard_error.numpy()),
-            "sum": pa.array((entry.mean * entry.numel).numpy()),
-            "max": pa.array(entry.maximum.numpy()),
-            "channel": pa.array(list(entry.channel.float().numpy()), FISHER_SCHEMA.field("channel").type),
-        }
-        tables.append(pa.table(columns, schema=FISHER_SCHEMA))
-    facts = {
-        "fqdiff": json.dumps({"schema": 1, "kind": value.kind, "loss": "1/2 * sum over pixels (noise - eps_pred)^2"})
-    }
-    pq.write_table(
-        pa.concat_tables(tables).replace_schema_metadata(facts),
-        directory / "fisher.parquet",
-        compression="zstd",
-        use_dictionary=list(NAMES),
-        column_encoding={"channel.list.element": "BYTE_STREAM_SPLIT"},
-        row_group_size=1000,
-    )
-
-
-def load_fisher(directory: Path) -> FisherTable:
-    path = directory / "fisher.parquet"
-    size = plain_size(path)
-    with readable(path, "a Fisher table"):
-        # Real tables hardly shrink: nearly all of their cells are measured numbers, whose bits look random.
-        cells, unpacked = unpacked_size(path)
-        if cells > max(size, 2**24) or unpacked > max(8 * size, 2**27):
-            raise ValueError(f"{size} bytes that unpack to {cells} cells of {unpacked} bytes")
-        file = pq.ParquetFile(path, memory_map=False, read_dictionary=list(NAMES))
-        kind = text(mapping(parse_json(file.metadata.metadata[b"fqdiff"]))["kind"])
-        return _fisher_table(kind, file.read())
-
-
-def _fisher_table(kind: str, table: pa.Table) -> FisherTable:
-    """The value in ``table``. Raises ValueError where it is not what :func:`save_fisher` wrote."""
-    if not table.schema.equals(FISHER_READ_SCHEMA) or not table.num_rows or any(c.null_count for c in table.columns):
-        raise ValueError("it has other columns, no rows, or empty cells")
-    names, blocks = (table[key].unify_dictionaries().combine_chunks() for key in NAMES)
-    tensor = names.indices.to_numpy()
-    starts = np.flatnonzero(np.diff(tensor, prepend=-1))
-    steps = table.num_rows // len(starts)
-
-    def rows(values: Any) -> Any:
-        """[tensors, timesteps]: one row of numbers for each tensor."""
-        return np.asarray(values).reshape(len(starts), steps)
-
-    per_tensor = {key: rows(table[key]) for key in ("tensor_id", "n_samples", "numel")} | {
-        "block": rows(blocks.indices)
-    }
-    if (rows(tensor) != tensor[starts, None]).any() or any((v != v[:, :1]).any() for v in per_tensor.values()):
-        raise ValueError("its rows are not sorted by tensor")
-    timesteps = rows(table["timestep"]).astype(np.int64)
-    if (timesteps != timesteps[0]).any() or (np.diff(timesteps[0], prepend=-1) <= 0).any():
-        raise ValueError("its timesteps do not rise, or differ between tensors")
-    samples = per_tensor["n_samples"]
-    if (samples != samples[0, 0]).any() or samples[0, 0] < 1 or (per_tensor["numel"] < 1).any():
-        raise ValueError("its counts are not positive, or differ between tensors")
-    numbers = {key: torch.tensor(rows(table[key])) for key in ("mean", "standard_error", "max")}
-    order = [text(names.dictionary[int(tensor[start])].as_py()) for start in starts]
-    if len(set(order)) < len(order):
-        raise ValueError("a tensor appears twice")
-    entries = {}
-    for i, name in enumerate(order):
-        cells = table["channel"].slice(i * steps, steps).combine_chunks()
-        channels = int(cells.value_lengths()[0].as_py())
-        if cells.flatten().null_count or not channels or (np.asarray(cells.value_lengths()) != channels).any():
-            raise ValueError(f"channels of '{name}' differ in number, or are missing")
-        channel = torch.tensor(np.asarray(cells.flatten())).double().view(steps, channels)
-        values = [numbers[key][i] for key in ("mean", "standard_error", "max")] + [channel]
-        if not all(torch.isfinite(v).all() and (v >= 0).all() for v in values):
-            raise ValueError(f"a value of '{name}' is negative or not finite")
-        block = text(blocks.dictionary[int(per_tensor["block"][i, 0])].as_py())
-        entries[name] = FisherEntry(block, int(per_tensor["numel"][i, 0]), *values)
-    return FisherTable(kind, torch.tensor(timesteps[0]), int(samples[0, 0]), entries)
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from safetensors.torch import save
 
 from fqdiff.context import Part
 from fqdiff.digests import tensor_digest
-from fqdiff.errors import ArtifactCorrupt
+from fqdiff.errors import ArtifactCorrupt, LineageError
 from fqdiff.store.files import disk_error, read_json, read_tensors, write_atomically
 from fqdiff.store.manifest import Recipe, recipe_from_json
 from fqdiff.store.store import Store
@@ -50,13 +50,43 @@ class StoredParts:
 
 def last_unfinished(store: Store, kind: str) -> Recipe | None:
     """The recipe of the unfinished artifact of ``kind`` whose part was saved last; None where all are finished."""
-    folders = store.inside("parts", kind).glob("*")
-    saved = [(part.lstat().st_mtime, part.parent) for folder in folders for part in folder.glob("*.safetensors")]
-    for _, folder in sorted(saved, reverse=True):
-        path = store.inside("parts", kind, folder.name) / RECIPE
+    return next(iter(unfinished(store, kind)), None)
+
+
+def unfinished(store: Store, kind: str) -> list[Recipe]:
+    """Recipes of the unfinished artifacts of ``kind``, the one whose part was saved last first."""
+    newest: dict[str, float] = {}
+    for folder in store.inside("parts", kind).glob("*"):
+        saved = [part.lstat().st_mtime for part in folder.glob("*.safetensors")]
+        if saved:
+            newest[folder.name] = max(saved)
+    recipes = []
+    for name in sorted(newest, key=lambda name: -newest[name]):
+        path = store.inside("parts", kind, name) / RECIPE
         recipe = recipe_from_json(read_json(path), path)
-        if (recipe.kind, recipe.id) != (kind, folder.name):
-            raise ArtifactCorrupt(f"{path} belongs to {recipe.kind} {recipe.id}", f"delete the folder {folder}")
+        if (recipe.kind, recipe.id) != (kind, name):
+            raise ArtifactCorrupt(f"{path} belongs to {recipe.kind} {recipe.id}", f"delete the folder {path.parent}")
         if store.find(kind, recipe.id) is None:
-            return recipe
-    return None
+            recipes.append(recipe)
+    return recipes
+
+
+def adopt_parts(source: Store, target: Store, recipe: Recipe) -> int:
+    """Copy the parts of ``recipe`` that ``target`` lacks from ``source``; how many. Each is read and checked on the way.
+
+    Raises LineageError where both hold a part and they differ: one of them comes from other code or another machine's kernels.
+    """
+    theirs = StoredParts(source.parts_folder(recipe.kind, recipe.id), recipe)
+    ours = StoredParts(target.parts_folder(recipe.kind, recipe.id), recipe)
+    taken = 0
+    for path in sorted(theirs.folder.glob("*.safetensors")):
+        name = path.stem
+        part, known = theirs.load(name), ours.load(name)
+        if part is None:
+            continue
+        if known is None:
+            ours.save(name, part)
+            taken += 1
+        elif tensor_digest(known.tensors) != tensor_digest(part.tensors):
+            raise LineageError(f"{name} of {recipe.kind} {recipe.id} differs between the stores", f"remove one: {path}")
+    return taken

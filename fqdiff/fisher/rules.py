@@ -1,0 +1,151 @@
+"""Gradient of every single sample for a layer's parameters, from the layer's input and the gradient of its output.
+
+A batched backward pass computes the same products and sums them over the batch at once; here the batch axis stays. What comes
+out comes in pieces of a few samples that fit a processor's cache: squares are summed before the next piece is made.
+Shapes: B samples, b samples of one piece, C in-channels, O out-channels.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+PIECE_BYTES = 2**20
+Pieces = Iterator[Tensor]  # [b, *parameter shape], in the order of the samples; all pieces together have B samples
+Gradients = Mapping[str, Pieces]  # keyed by the parameter's name inside its module
+Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Gradients]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def per_sample(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """Gradients of ``module``'s own parameters for an output gradient whose first axis is B."""
+    rule = next((rule for kinds, rule in RULES if isinstance(module, kinds)), by_vmap)
+    gradients = rule(module, inputs, gradient)
+    own = {name for name, _ in module.named_parameters()}
+    return {name: pieces for name, pieces in gradients.items() if name in own}  # a layer may have no bias
+
+
+def slices(batch: int, shape: torch.Size) -> list[slice]:
+    """``batch`` samples cut so that float32 gradients of ``shape`` stay below PIECE_BYTES, or single."""
+    step = max(1, PIECE_BYTES // (4 * max(1, shape.numel())))
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+
+
+def linear(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """W x + b at any number of positions: x [B, ..., C], gradient [B, ..., O]."""
+    assert isinstance(module, nn.Linear)
+    x, g = (v.reshape(len(v), -1, v.shape[-1]) for v in (inputs[0], gradient))
+    cuts = slices(len(g), module.weight.shape)
+    return {"weight": (torch.bmm(g[cut].transpose(1, 2), x[cut]) for cut in cuts), "bias": iter([g.sum(dim=1)])}
+
+
+def convolution(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """Any convolution, transposed or not: x [B, C, ...], gradient [B, O, ...].
+
+    One sample at a time through torch's own weight gradient. On a CPU it is as quick as unfolding or one matrix product for
+    each kernel offset, which need several times the memory (benchmarks/fisher.py has the ratio to a plain backward pass).
+    """
+    assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+    x, transposed = inputs[0], isinstance(module, TRANSPOSED)
+    padding, output_padding = module.padding, module.output_padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":  # torch's own forward pads these first, too
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, _sides(module), mode=mode)
+        padding = (0,) * len(module.kernel_size)
+
+    layout = torch.channels_last if gradient.ndim == 4 else torch.contiguous_format
+    x, gradient = x.contiguous(memory_format=layout), gradient.contiguous(memory_format=layout)
+
+    def weight() -> Pieces:
+        for b in range(len(gradient)):
+            yield torch.ops.aten.convolution_backward(
+                gradient[b : b + 1],
+                x[b : b + 1],
+                module.weight,
+                None,
+                module.stride,
+                padding,
+                module.dilation,
+                transposed,
+                output_padding,
+                module.groups,
+                (False, True, False),
+            )[1][None]
+
+    return {"weight": weight(), "bias": iter([gradient.flatten(2).sum(dim=2)])}
+
+
+def _sides(module: nn.Module) -> list[int]:
+    """What F.pad adds before and after each spatial axis, last axis first."""
+    assert isinstance(module, CONVOLUTIONS)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    one_side = [0 if module.padding == "valid" else int(p) for p in module.padding][: len(module.kernel_size)]
+    return [side for p in reversed(one_side) for side in (p, p)]
+
+
+def group_norm(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """Per-channel scale and shift after normalising each group: [B, C, ...]."""
+    assert isinstance(module, nn.GroupNorm)
+    normal = F.group_norm(inputs[0], module.num_groups, eps=module.eps)
+    return {
+        "weight": iter([(gradient * normal).flatten(2).sum(dim=2)]),
+        "bias": iter([gradient.flatten(2).sum(dim=2)]),
+    }
+
+
+def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """Elementwise scale and shift after normalising the last axes: [B, ..., *normalized_shape]."""
+    assert isinstance(module, nn.LayerNorm)
+    normal = F.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)
+    shape = (len(gradient), -1, *module.normalized_shape)
+    return {
+        "weight": iter([(gradient * normal).reshape(shape).sum(dim=1)]),
+        "bias": iter([gradient.reshape(shape).sum(dim=1)]),
+    }
+
+
+def embedding(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """Row i collects the gradients of the places that looked it up: indices [B, ...], gradient [B, ..., D]."""
+    assert isinstance(module, nn.Embedding)
+    shape = module.weight.shape
+    index = inputs[0].reshape(len(gradient), -1, 1).expand(-1, -1, shape[1])
+    g = gradient.reshape(index.shape)
+    if module.padding_idx is not None:
+        g = g * (index != module.padding_idx)
+    cuts = slices(len(g), shape)
+    return {"weight": (g.new_zeros(len(g[cut]), *shape).scatter_add_(1, index[cut], g[cut]) for cut in cuts)}
+
+
+def by_vmap(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+    """Any other module: its forward is repeated for each sample under vmap, and differentiated. Correct, not quick."""
+    whole = isinstance(module, nn.MultiheadAttention)  # it reads its children's parameters itself
+    parameters = {name: p.detach() for name, p in module.named_parameters(recurse=whole)}
+
+    def one(single: tuple[Tensor, ...], g: Tensor) -> dict[str, Tensor]:
+        def forward(weights: dict[str, Tensor]) -> Tensor:
+            output = functional_call(module, weights, tuple(v[None] for v in single))
+            first: Tensor = output[0] if isinstance(output, tuple) else output
+            return first
+
+        pull = vjp(forward, parameters)[1]
+        found: dict[str, Tensor] = pull(g[None])[0]
+        return found
+
+    with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernel
+        result: Mapping[str, Tensor] = vmap(one)(inputs, gradient)
+    return {name: iter([g]) for name, g in result.items()}
+
+
+RULES: tuple[tuple[tuple[type[nn.Module], ...], Rule], ...] = (
+    ((nn.Linear,), linear),
+    ((*CONVOLUTIONS, *TRANSPOSED), convolution),
+    ((nn.GroupNorm,), group_norm),
+    ((nn.LayerNorm,), layer_norm),
+    ((nn.Embedding,), embedding),
+)
