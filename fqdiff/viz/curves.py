@@ -28,6 +28,7 @@ from fqdiff.viz.figures import (
     log_note,
     log_ticks,
     new_figure,
+    row_points,
     rows_height,
     short_names,
 )
@@ -74,7 +75,9 @@ def block_curves(table: FisherTable, artifact: str) -> Figure:
     if len(timesteps) <= 8:
         axes.set_xticks(table.timesteps.tolist())
     axes.grid(color="#e8e8e8", linewidth=0.6)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    axes.set_axisbelow(True)
+    size = min(10.0, 260 / len(means))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=size)
     despine(axes)
     return figure
 
@@ -106,7 +109,8 @@ def tensor_curves(table: FisherTable, weights: Sequence[str], artifact: str) -> 
     _log_scale(panels[0, 0], "y", every, every)
     figure.supylabel(FISHER_VALUE + log_note(every, "not drawn", "not drawn"), fontsize=10)
     figure.suptitle(heading(table, "Fisher value of each block's weight tensors, in the network's order"), fontsize=11)
-    figure.colorbar(colours, ax=panels, label=TIMESTEP, pad=0.02, aspect=40)
+    ticks = table.timesteps.tolist() if len(timesteps) <= 8 else None
+    figure.colorbar(colours, ax=panels, label=TIMESTEP, pad=0.02, aspect=40, ticks=ticks)
     return figure
 
 
@@ -122,16 +126,18 @@ def trajectory_dots(entries: Mapping[str, TrajectoryEntry], weights: Sequence[st
     figure = new_figure(10, height, artifact)
     axes = figure.add_subplot()
     shown, places = np.where(mean > 0, mean, np.nan), np.arange(len(chosen))
-    axes.hlines(places, np.maximum(shown - error, low / 10), shown + error, color=colours, linewidth=1.5)
-    axes.scatter(shown, places, color=colours, s=18, zorder=3)
+    size = min(row_points(len(chosen), height) / 2, 4.0)  # points
+    axes.hlines(places, np.maximum(shown - error, low / 10), shown + error, color=colours, linewidth=size / 3)
+    axes.scatter(shown, places, color=colours, s=size**2, zorder=3)
     _log_scale(axes, "x", mean, mean + error)
     label_tensors(axes, groups, height)
     label_blocks(axes, groups, height, GREY)
     axes.grid(axis="x", color="#e8e8e8", linewidth=0.6)
-    axes.set_xlabel("mean squared gradient of the sampler's result" + log_note(mean, "not drawn", "not drawn"))
+    axes.set_xlabel("mean squared gradient through the whole sampler run" + log_note(mean, "not drawn", "not drawn"))
     runs = max(len(e.samples) for e in chosen)
     axes.set_title(
-        f"Fisher value of each weight tensor for the whole sampler run, ± 1 standard error\n{runs:,} runs", fontsize=11
+        f"Fisher value of each weight tensor for the whole sampler run, ± 1 standard error\ntrajectory Fisher, {runs:,} runs",
+        fontsize=11,
     )
     despine(axes)
     return figure

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -43,15 +44,14 @@ def new_figure(width: float, height: float, artifact: str = "") -> Figure:
     FigureCanvasAgg(figure)
     corner = 0.16 / height if artifact else 0
     figure.set_layout_engine("constrained", rect=(0, corner, 1, 1 - corner))
-    figure.text(0.995, 0.03 / height, plain(artifact), ha="right", fontsize=7, color="#606060")
+    figure.text(0.995, 0.03 / height, plain(artifact, 100), ha="right", fontsize=7, color="#606060")
     return figure
 
 
 def render(figure: Figure, image_format: str) -> bytes:
     """``figure`` as a PNG or SVG file; text in SVG stays text. Equal figures give equal bytes: no date, no random ids."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # every further drawing would move things by a little
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        _settle(figure)
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if image_format == "svg" else {}
     with rc_context({"svg.hashsalt": "fqdiff", "svg.fonttype": "none"}):
@@ -59,10 +59,21 @@ def render(figure: Figure, image_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def plain(text: str) -> str:
+def _settle(figure: Figure) -> None:
+    """Lay ``figure`` out for good: every further drawing would move things by a little, and the solver's last bits vary."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(float(v), 5) for v in axes.get_position().bounds])  # type: ignore[arg-type]
+    for text in figure.texts:
+        x, y = text.get_position()
+        text.set_position((round(float(x), 5), round(float(y), 5)))
+
+
+def plain(text: str, longest: int = 40) -> str:
     """``text`` as a label: no formula, no control characters, not endless. Names come from files that strangers may write."""
     shown = "".join(c if c.isprintable() else "?" for c in text)
-    return (shown if len(shown) <= 40 else "…" + shown[-39:]).replace("$", r"\$")
+    return (shown if len(shown) <= longest else "…" + shown[1 - longest :]).replace("$", r"\$")
 
 
 def in_blocks(entries: Mapping[str, InBlock]) -> dict[str, list[str]]:
@@ -86,10 +97,10 @@ def block_styles(blocks: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """``names`` of one block without the parts that all begin with (two stay at least), and without ``.weight``."""
-    parts = [name.split(".") for name in names]
+    """``names`` of one block without ``.weight``, and without the parts that all begin with; one stays at least."""
+    parts = [name.removesuffix(".weight").split(".") for name in names]
     common = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
-    return [plain(".".join(p[max(0, min(common, len(p) - 2)) :]).removesuffix(".weight")) for p in parts]
+    return [plain(".".join(p[min(common, len(p) - 1) :])) for p in parts]
 
 
 def log_limits(values: Array) -> tuple[float, float]:

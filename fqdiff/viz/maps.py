@@ -152,8 +152,6 @@ def heat_map(
 def cell_edges(timesteps: Array) -> Array:
     """Edges half-way between increasing ``timesteps`` [T]: [T + 1]."""
     if len(timesteps) == 1:
-        return timesteps[0] + np.array([-0.5, 0.5])
-    middle = (timesteps[1:] + timesteps[:-1]) / 2
-    return np.concatenate(
-        [[1.5 * timesteps[0] - 0.5 * timesteps[1]], middle, [1.5 * timesteps[-1] - 0.5 * timesteps[-2]]]
-    )
+        return np.array([timesteps[0] - 0.5, timesteps[0] + 0.5])
+    first, last = 1.5 * timesteps[0] - 0.5 * timesteps[1], 1.5 * timesteps[-1] - 0.5 * timesteps[-2]
+    return np.array([first, *(timesteps[1:] + timesteps[:-1]) / 2, last])

@@ -26,6 +26,7 @@ from fqdiff.viz.figures import (
     log_note,
     log_ticks,
     new_figure,
+    row_points,
     rows_height,
 )
 
@@ -49,8 +50,9 @@ def magnitude_map(
     left, right = figure.subplots(1, 2, width_ratios=[1, 3], sharey=True)
     styles = block_styles(groups)
     means = np.array([row.mean() for row in rows.values()])
+    size = min(row_points(len(rows), height) / 2, 4.0)  # points
     colours = [styles[block][0] for block, names in groups.items() for _ in names]
-    left.scatter(np.where(means > 0, means, np.nan), np.arange(len(rows)), color=colours, s=18, zorder=3)
+    left.scatter(np.where(means > 0, means, np.nan), np.arange(len(rows)), color=colours, s=size**2, zorder=3)
     low, top = log_limits(means)
     left.set(xscale="log", xlim=(low / 1.5, top * 1.5), xlabel="mean |w| of the tensor")
     log_ticks(left.xaxis, low / 1.5, top * 1.5)
