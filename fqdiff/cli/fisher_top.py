@@ -22,7 +22,7 @@ def top(
     session: Session,
     ref: Annotated[
         str | None,
-        typer.Argument(help="Fisher table: name, id or prefix.", show_default="the latest", metavar="[REF]"),
+        typer.Argument(help="Fisher table: name, id or prefix.", show_default="the latest", metavar="REF"),
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="How many parameters.")] = 20,
     at: Annotated[

@@ -20,7 +20,7 @@ def fisher(
     session: Session,
     table: Annotated[
         str | None,
-        typer.Argument(help="Fisher table: name, id or prefix.", show_default="the latest", metavar="[REF]"),
+        typer.Argument(help="Fisher table: name, id or prefix.", show_default="the latest", metavar="REF"),
     ] = None,
     picture: Annotated[
         list[str] | None,
