@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import fqdiff
-from fqdiff.cli import fid, fisher, fisher_merge, plan, quantize, run, sample, store, train
+from fqdiff.cli import fid, fisher, fisher_merge, fisher_top, plan, plot, quantize, run, sample, store, train
 from fqdiff.cli.groups import InOrder
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 PIPELINE = "Pipeline, in order of use"
 HOUSE = "Everything else"
 app.command("train", rich_help_panel=PIPELINE, epilog=train.EXAMPLE)(train.train)
+fisher.app.command("top", epilog=fisher_top.EXAMPLE)(fisher_top.top)
 fisher.app.command("merge", epilog="Example: fqdiff fisher merge --from node2/fqdiff-store")(fisher_merge.merge)
 app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)
 app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(plan.plan)
@@ -29,6 +30,7 @@ app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quanti
 )
 app.command("sample", rich_help_panel=PIPELINE, epilog="Example: fqdiff sample --count 1000 --steps 50")(sample.sample)
 app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --features digits")(fid.fid)
+app.add_typer(plot.app, name="plot", rich_help_panel=HOUSE)
 app.command("run", rich_help_panel=HOUSE, epilog="Example: fqdiff run demo")(run.run)
 app.add_typer(store.app, name="store", rich_help_panel=HOUSE)
 

@@ -1,6 +1,4 @@
-"""Figures by matplotlib, drawn without a display."""
-
-import io
+"""The picture of a training run."""
 
 import numpy as np
 from torch import Tensor
@@ -8,13 +6,11 @@ from torch import Tensor
 
 def loss_curve(loss: Tensor, title: str) -> bytes:
     """PNG of the training loss: every step faint, a running mean over 1 % of the steps on top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from fqdiff.viz.figures import despine, new_figure, render  # matplotlib: not for every command that reads a store
 
     values = loss.numpy()
     window = max(1, len(values) // 100)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     steps = np.arange(1, len(values) + 1)
     axes.plot(steps, values, color="#9ecae1", linewidth=0.5, label="each step")
@@ -22,7 +18,5 @@ def loss_curve(loss: Tensor, title: str) -> bytes:
     axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.5, label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="mean squared error", title=title, yscale="log")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    despine(axes)
+    return render(figure, "png")

@@ -1,0 +1,83 @@
+"""``fqdiff plot``: pictures of artifacts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fqdiff.cli.session import STORE_OPTIONS, Session, common, only_input
+from fqdiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+app = typer.Typer(no_args_is_help=True, help="Draw pictures of artifacts.")
+
+
+@app.command("fisher", epilog="Example: fqdiff plot fisher --picture heatmap-log --format png")
+@common(*STORE_OPTIONS)
+def fisher(
+    session: Session,
+    table: Annotated[
+        str | None,
+        typer.Argument(help="Fisher table: name, id or prefix.", show_default="the latest", metavar="REF"),
+    ] = None,
+    picture: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw only this one, e.g. heatmap-log; may be given again.", show_default="all that apply"),
+    ] = None,
+    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/fisher-ID in the store")
+    ] = None,
+) -> None:
+    """Draw a Fisher table: heat maps, curves, weights, errors."""
+    from fqdiff.viz.figures import FORMATS, render
+    from fqdiff.viz.fisher import DRAW, Subject, applicable
+
+    formats = FORMATS if image_format == "both" else (image_format,)
+    if not set(formats) <= set(FORMATS):
+        raise ConfigError(f"unknown format '{image_format}'", f"one of: {', '.join(FORMATS)}, both")
+    for name in picture or []:
+        if name not in DRAW:
+            raise ConfigError(f"unknown picture '{name}'", f"one of: {', '.join(DRAW)}")
+    manifest = session.resolve(table, ("fisher",))
+    checkpoint = only_input(session, manifest, "checkpoint")
+    value = session.runner.load(manifest)
+    subject = Subject(value, session.runner.load(checkpoint), f"fisher {manifest.id} of checkpoint {checkpoint.id}")
+    drawable = applicable(value)
+    chosen = list(dict.fromkeys(picture or drawable))
+    for name in chosen:
+        if name not in drawable:
+            raise ConfigError(
+                f"fisher {manifest.id} has no values for '{name}'", f"it has those for: {', '.join(drawable)}"
+            )
+    files: dict[str, bytes] = {}
+    with session.progress(len(chosen), "plot", "picture") as bar:
+        for name in chosen:
+            figure = DRAW[name](subject)
+            files |= {f"{name}.{one}": render(figure, one) for one in formats}
+            bar.update()
+    if output is None:
+        folder = f"fisher-{manifest.id}"
+        paths = {session.store.inside("pictures", folder, name): content for name, content in files.items()}
+    else:
+        paths = {output / name: content for name, content in files.items()}
+    write_pictures(paths, replace=output is None)
+    data = {"kind": "fisher", "id": manifest.id, "pictures": chosen, "files": [str(path) for path in paths]}
+    session.result(data, lambda: "\n".join(str(path) for path in paths))
+
+
+def write_pictures(files: "Mapping[Path, bytes]", replace: bool) -> None:
+    """Write every file; unless ``replace``, none where one is there already with another content."""
+    from fqdiff.store.files import write_atomically
+
+    path = Path()
+    try:
+        for path, content in files.items():
+            if not replace and path.exists() and path.read_bytes() != content:
+                raise ConfigError(f"{path} exists, and is another picture", "choose another --output")
+        for path, content in files.items():
+            write_atomically(path, content)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}", "choose another --output") from None
