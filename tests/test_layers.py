@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},
-    {"viz"},
+    {"viz", "preview"},
     {"stages"},
     {"store"},
     {"pipeline"},
