@@ -8,6 +8,7 @@ from pathlib import Path
 COMMANDS = [
     [],
     ["train"],
+    ["import"],
     ["fisher"],
     ["plan"],
     ["quantize"],

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import fqdiff
-from fqdiff.cli import fid, fisher, plan, quantize, run, sample, store, train
+from fqdiff.cli import fid, fisher, import_, plan, quantize, run, sample, store, train
 from fqdiff.cli.groups import InOrder
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 PIPELINE = "Pipeline, in order of use"
 HOUSE = "Everything else"
 app.command("train", rich_help_panel=PIPELINE, epilog=train.EXAMPLE)(train.train)
+app.command("import", rich_help_panel=PIPELINE, epilog=import_.EXAMPLE)(import_.import_)
 app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)
 app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(plan.plan)
 app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(
