@@ -8,7 +8,9 @@ from pathlib import Path
 COMMANDS = [
     [],
     ["train"],
+    ["import"],
     ["fisher"],
+    ["fisher", "merge"],
     ["fisher", "top"],
     ["plan"],
     ["quantize"],

@@ -1,4 +1,4 @@
-"""The whole pipeline as one chain of steps: train, Fisher, plans, quantized models, samples, FIDs."""
+"""The whole pipeline as one chain of steps: train or import, Fisher, plans, quantized models, samples, FIDs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Chain:
     def steps(self) -> Iterator[tuple[str, Step]]:
         """Label and step, in the order of work."""
         yield "data set", self.dataset
-        yield "train", self.checkpoint
+        yield self.checkpoint.stage, self.checkpoint
         yield "fisher", self.fisher
         yield "classifier", self.classifier
         for row in (*self.models, self.noise_floor):

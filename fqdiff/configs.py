@@ -72,6 +72,14 @@ class TrainConfig:
         )
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """Which model file: ``pretrained:NAME`` or the file's own name, and the sha256 of its bytes."""
+
+    source: str = ""
+    content: str = ""
+
+
 FISHER_KINDS = ("empirical", "true", "trajectory")
 GRANULARITIES = ("tensor", "channel", "weight")
 VARIANCE_REDUCTIONS = ("none", "antithetic", "common", "both")

@@ -54,6 +54,7 @@ def _function(where: str) -> Callable[..., Any]:
 STAGES: Mapping[str, Stage] = {
     "dataset": Stage("dataset", "fqdiff.store.sources:load_dataset"),
     "train": Stage("checkpoint", "fqdiff.stages.train:train", ("dataset",), parallel=True),
+    "import": Stage("checkpoint", "fqdiff.stages.import_:import_checkpoint", ("file", "dataset")),
     "fisher": Stage(
         "fisher",
         "fqdiff.stages.fisher:fisher",
@@ -72,7 +73,7 @@ STAGES: Mapping[str, Stage] = {
 
 @dataclass(frozen=True)
 class External:
-    """An input that lives outside the store, such as Inception weights: its value and what identifies it."""
+    """An input that lives outside the store, such as Inception weights or a model file: its value and what identifies it."""
 
     kind: str
     id: str

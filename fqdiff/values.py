@@ -104,12 +104,13 @@ def predict_noise(spec: ModelSpec, network: nn.Module) -> PredictNoise:
 class Checkpoint:
     """A trained model: exactly one set of weights, the EMA's, in float32, keyed by parameter name.
 
-    ``loss`` float32 [steps] is the training loss of each step, ``preview`` uint8 [N, C, H, W] a few DDIM samples.
+    ``loss`` float32 [steps] is the training loss of each step, None for an imported model, whose training was not seen here;
+    ``preview`` uint8 [N, C, H, W] a few DDIM samples.
     """
 
     spec: ModelSpec
     tensors: Tensors
-    loss: Tensor
+    loss: Tensor | None
     preview: Tensor
 
     def network(self) -> nn.Module:

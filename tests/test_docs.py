@@ -63,5 +63,6 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 
 
 def test_nothing_committed_names_a_path_of_this_machine() -> None:
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]:
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for path in [*texts, *(ROOT / "examples").rglob("*.py"), *(ROOT / "examples").rglob("*.json")]:
         assert not re.search(r"/(root|home/\w+|tmp)/", path.read_text()), path

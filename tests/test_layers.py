@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},
-    {"viz", "fisher"},
+    {"viz", "fisher", "preview"},
     {"stages"},
     {"store"},
     {"pipeline"},

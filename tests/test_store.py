@@ -164,6 +164,13 @@ def test_a_data_set_without_labels_loads_equal(store: Store) -> None:
     assert same(Runner(store).load(put(store, "dataset", value=value)), value)
 
 
+def test_a_checkpoint_without_training_loss_loads_equal_and_has_no_curve(store: Store) -> None:
+    value = replace(tiny_value("checkpoint"), loss=None)
+    manifest = put(store, "checkpoint", value=value)
+    assert same(Runner(store).load(manifest), value)
+    assert "loss.png" not in {f.name for f in manifest.files}
+
+
 def test_fisher_rows_of_many_row_groups_load_in_order(store: Store) -> None:
     value = tiny_fisher({"b": (3, 2), "a": (5,)}, timesteps=1700)
     assert same(Runner(store).load(put(store, "fisher", value=value)), value)

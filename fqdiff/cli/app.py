@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import fqdiff
-from fqdiff.cli import fid, fisher, fisher_merge, fisher_top, plan, plot, quantize, run, sample, store, train
+from fqdiff.cli import fid, fisher, fisher_merge, fisher_top, import_, plan, plot, quantize, run, sample, store, train
 from fqdiff.cli.groups import InOrder
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 PIPELINE = "Pipeline, in order of use"
 HOUSE = "Everything else"
 app.command("train", rich_help_panel=PIPELINE, epilog=train.EXAMPLE)(train.train)
+app.command("import", rich_help_panel=PIPELINE, epilog=import_.EXAMPLE)(import_.import_)
 fisher.app.command("top", epilog=fisher_top.EXAMPLE)(fisher_top.top)
 fisher.app.command("merge", epilog="Example: fqdiff fisher merge --from node2/fqdiff-store")(fisher_merge.merge)
 app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)

@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fqdiff.cli.import_ import import_step
 from fqdiff.cli.session import COMMON_OPTIONS, Session, common
 from fqdiff.cli.show import duration, table
 from fqdiff.cli.train import choose_dataset, training_step
-from fqdiff.configs import ClassifierConfig, FidConfig, FisherConfig, SampleConfig, TrainConfig, get_preset
+from fqdiff.configs import (
+    ClassifierConfig,
+    DatasetConfig,
+    FidConfig,
+    FisherConfig,
+    SampleConfig,
+    TrainConfig,
+    get_preset,
+)
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,23 +26,35 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fqdiff.chains import Chain, ModelSteps
+    from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything a run does beside training."""
+    """Which model a run starts from, and how much of everything it does after that.
 
-    dataset: str | None
+    ``preset`` is trained on ``dataset``; or ``pretrained`` is imported, to be used with its own data set.
+    """
+
     fisher: FisherConfig
     sample: SampleConfig
+    preset: str = ""
+    dataset: str | None = None
+    pretrained: str = ""
 
 
 SCALES = {
-    "tiny": Scale("mnist5k", FisherConfig(samples=2), SampleConfig(steps=5, count=64)),
-    "demo": Scale("mnist5k", FisherConfig(timesteps=1000, samples=4), SampleConfig(steps=25, count=1000)),
-    "small": Scale(None, FisherConfig(), SampleConfig()),
-    "paper": Scale(None, FisherConfig(), SampleConfig("ddpm", steps=1000)),
+    "tiny": Scale(FisherConfig(samples=2), SampleConfig(steps=5, count=64), "tiny", "mnist5k"),
+    # Bounded by 6 minutes on two cores, with room for slow ones: six sets of 500 x 25 image-steps of 1.3 ms, and per-sample
+    # gradients of 30 ms. Every timestep is measured, since the plans read t = 1; two samples are what a standard error needs.
+    "demo": Scale(FisherConfig(samples=2), SampleConfig(steps=25, count=500), pretrained="pretrained:mnist-small"),
+    "small": Scale(FisherConfig(), SampleConfig(), "small"),
+    "paper": Scale(FisherConfig(), SampleConfig("ddpm", steps=1000), "paper"),
+}
+# A size that starts from a pretrained model, and what stands for it where a model is to be trained in the same time.
+FROM_SCRATCH = {
+    "demo": Scale(FisherConfig(timesteps=1000, samples=4), SampleConfig(steps=25, count=1000), "demo", "mnist5k")
 }
 PICTURE_COLUMNS = 16
 
@@ -42,22 +63,28 @@ PICTURE_COLUMNS = 16
 def run(
     session: Session,
     size: Annotated[str, typer.Argument(help="demo, small or paper (or tiny, for a test).", metavar="SIZE")],
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch", help="Train demo's model, at 16 x 16, instead of importing one; other sizes always train."
+        ),
+    ] = False,
 ) -> None:
-    """Train, measure, plan, quantize, sample and compare: the whole pipeline at one size."""
+    """Take or train a model, measure, plan, quantize, sample and compare: the whole pipeline at one size."""
     from fqdiff.chains import make_chain
-    from fqdiff.store.sources import image_channels, load_dataset
+    from fqdiff.store.sources import load_dataset
 
     if size not in SCALES:
         raise ConfigError(f"unknown size '{size}'", f"one of: {', '.join(SCALES)}")
+    scale = FROM_SCRATCH.get(size, SCALES[size]) if from_scratch else SCALES[size]
+    if scale.pretrained and "train" in session.tables():
+        raise ConfigError(f"run {size} starts from {scale.pretrained}: nothing to train", "add --from-scratch")
     fixed: list[str] = [name for name in ("plan", "quantize") if name in session.tables()]
     fixed += [f"train.{key}" for key in ("preset", "dataset", "image_size") if key in session.tables().get("train", {})]
     if fixed:
         raise ConfigError(f"run {size} fixes {', '.join(fixed)} itself", "leave it out, or use the single commands")
     started = time.monotonic()
-    scale, preset = SCALES[size], get_preset(size)
-    dataset = choose_dataset(session, scale.dataset, preset.image_size)
-    config = session.settings("train", TrainConfig, preset.train)
-    checkpoint = training_step(dataset, image_channels(dataset), preset, config, session.seed)
+    checkpoint, dataset = checkpoint_step(session, scale)
     fisher = session.settings("fisher", FisherConfig, vars(scale.fisher))
     held_out = len(load_dataset(dataset, 0, session.runner.context).reference)
     enough = {"count": min(scale.sample.count, held_out)}  # more could not be compared with as many real images
@@ -78,12 +105,29 @@ def run(
         session.store.give_name(f"{size}-{slug(row.label)}", made[row.model.id])
     data = {
         "size": size,
+        "pretrained": scale.pretrained or None,
         "models": [row_data(session, chain, row, made) for row in (*chain.models, chain.noise_floor)],
         "picture": str(save_picture(session, size, chain, made)),
         "store": str(session.store.root),
         "seconds": round(time.monotonic() - started, 1),
     }
     session.result(data, lambda: run_text(data))
+
+
+def checkpoint_step(session: Session, scale: Scale) -> "tuple[Step, DatasetConfig]":
+    """The step that imports or trains the model of ``scale``, and its data set."""
+    from fqdiff.store.pretrained import open_model
+    from fqdiff.store.sources import image_channels
+
+    if scale.pretrained:
+        file = open_model(scale.pretrained)
+        session.note(f"{file.source}: {file.description}")
+        dataset = choose_dataset(session, file.dataset, file.model.spec.image_shape[1])
+        return import_step(file, dataset), dataset
+    preset = get_preset(scale.preset)
+    dataset = choose_dataset(session, scale.dataset, preset.image_size)
+    config = session.settings("train", TrainConfig, preset.train)
+    return training_step(dataset, image_channels(dataset), preset, config, session.seed), dataset
 
 
 def slug(label: str) -> str:
@@ -143,6 +187,7 @@ def run_text(data: dict[str, Any]) -> str:
         numbers = [f"{r['bits_per_weight']:.2f}", f"{r['file_bytes']:,}", f"{r['fid']:.2f}", change, error]
         cells.append([r["model"], *numbers, f"{r['confidence']:.3f}", r["metrics"]])
     moved = abs(floor["fid"] - first["fid"])
+    rounded = f"{data['pretrained']} was shipped in float16: casts to float16 change none of its weights."
     return "\n".join(
         [
             table(header, cells),
@@ -150,6 +195,7 @@ def run_text(data: dict[str, Any]) -> str:
             f"Last row: FP32 with seed {floor['seed']}. New noise alone moves FID by {moved:.2f}.",
             "Image error: mean squared pixel difference to FP32's image of the same noise, pixels in [-1, 1]: 0 is FP32 itself.",
             "A FID below FP32's is no gain: the images moved away from the model's, and by chance towards the reference.",
+            *([rounded] if data["pretrained"] else []),
             f"Samples side by side, same noise in each column: {data['picture']}",
             f"Store: {data['store']} (fqdiff store ls); {duration(data['seconds'])} in all.",
         ]

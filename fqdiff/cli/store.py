@@ -51,13 +51,15 @@ def show(session: Session, ref: Annotated[str, typer.Argument(help="Name, id, un
 @common(*STORE_OPTIONS)
 def lineage(session: Session, ref: Annotated[str, typer.Argument(help="Name, id, unique prefix or latest.")]) -> None:
     """Print everything an artifact was made from, down to the data."""
+    from fqdiff.store.manifest import KINDS
+
     chain = list(session.store.lineage(session.store.resolve(ref)))
     data = {
         "lineage": [{"depth": d, "role": role, "artifact": name, "there": m is not None} for d, m, role, name in chain]
     }
     lines = []
     for depth, manifest, role, name in chain:
-        state = manifest.command if manifest else ("outside the store" if name.startswith("inception/") else "gone")
+        state = manifest.command if manifest else ("gone" if name.partition("/")[0] in KINDS else "outside the store")
         lines.append("  " * depth + (f"{role}: " if role else "") + f"{name}  [{state}]")
     session.result(data, lambda: "\n".join(lines))
 

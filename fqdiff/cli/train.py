@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
+    from fqdiff.values import Checkpoint
 
 RECIPE = "Recipe, by default the preset's"
 EXAMPLE = "Example: fqdiff train --preset demo --dataset mnist5k --name my-digits"
@@ -161,20 +162,20 @@ def finish_training(session: Session, step: "Step", facts: "Mapping[str, object]
 
 
 def show_checkpoint(session: Session, manifest: "Manifest") -> None:
-    """Id, size, last loss and where the pictures are."""
-    value = session.runner.load(manifest)
+    """Id, size, last loss and where the pictures are; an imported model has no loss."""
+    value: Checkpoint = session.runner.load(manifest)
     folder = session.store.directory(manifest.kind, manifest.id)
     parameters = sum(t.numel() for t in value.tensors.values())
-    last = float(value.loss[-max(1, len(value.loss) // 20) :].mean())
+    last = None if value.loss is None else float(value.loss[-max(1, len(value.loss) // 20) :].mean())
     data = {**artifact_data(session.store, manifest), "parameters": parameters, "loss": last}
     size = manifest.file("model.safetensors").bytes
 
     def text() -> str:
-        return (
-            f"checkpoint {manifest.id}: {parameters:,} parameters, {mebibytes(size)}\n"
-            f"loss over the last twentieth of the steps: {last:.4f}\n"
-            f"look at {folder / 'samples.png'} and {folder / 'loss.png'}"
-        )
+        head = f"checkpoint {manifest.id}: {parameters:,} parameters, {mebibytes(size)}\n"
+        if last is None:
+            return f"{head}look at {folder / 'samples.png'}"
+        look = f"look at {folder / 'samples.png'} and {folder / 'loss.png'}"
+        return f"{head}loss over the last twentieth of the steps: {last:.4f}\n{look}"
 
     session.result(data, text)
 

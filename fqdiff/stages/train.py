@@ -15,16 +15,14 @@ from torch.optim.swa_utils import AveragedModel
 from fqdiff import distributed
 from fqdiff.configs import TrainConfig
 from fqdiff.context import Context, Part
-from fqdiff.diffusion.samplers import ddim
 from fqdiff.diffusion.schedule import NoiseSchedule, add_noise, loss_weight, regression_target
 from fqdiff.errors import ConfigError, DataError, NumericalError
-from fqdiff.evidence.features import to_uint8, to_unit_range
+from fqdiff.evidence.features import to_unit_range
 from fqdiff.models.registry import build
+from fqdiff.preview import preview
 from fqdiff.rng import derive_seed, generator
-from fqdiff.values import Checkpoint, Dataset, ModelSpec, predict_noise
+from fqdiff.values import Checkpoint, Dataset, ModelSpec
 
-PREVIEW_IMAGES = 64
-PREVIEW_STEPS = 50
 LONG_STEP = 10.0  # seconds; a step that takes longer is not timed in full
 
 
@@ -192,17 +190,6 @@ def restore(state: Training, part: Part) -> None:
             f"the saved training state is of another recipe ({reason})", "start over with --force"
         ) from None
     state.step = step
-
-
-def preview(spec: ModelSpec, tensors: Mapping[str, Tensor], seed: int, device: torch.device) -> Tensor:
-    """A few DDIM samples, uint8 [N, C, H, W], to look at."""
-    network = spec.network(tensors).to(device)
-    noise = torch.randn(PREVIEW_IMAGES, *spec.image_shape, generator=generator(seed, "preview")).to(device)
-    schedule = spec.noise_schedule()
-    steps = min(PREVIEW_STEPS, schedule.num_train_timesteps)
-    with torch.inference_mode():
-        *_, (_, images) = ddim(predict_noise(spec, network), noise, schedule, steps, lambda: noise)
-    return to_uint8(images).cpu()
 
 
 def estimate_seconds(config: TrainConfig, device: torch.device) -> float:

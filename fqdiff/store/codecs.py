@@ -120,8 +120,11 @@ def _model_spec(meta: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) 
 def save_checkpoint(value: Checkpoint, directory: Path) -> None:
     meta = metadata(model_description(value.spec), {})
     write_tensors(directory / "model.safetensors", value.tensors, meta)
-    write_tensors(directory / "history.safetensors", {"loss": value.loss, "preview": value.preview}, {})
-    (directory / "loss.png").write_bytes(loss_curve(value.loss, "training loss"))
+    history = {"preview": value.preview}
+    if value.loss is not None:
+        history["loss"] = value.loss
+        (directory / "loss.png").write_bytes(loss_curve(value.loss, "training loss"))
+    write_tensors(directory / "history.safetensors", history, {})
     (directory / "samples.png").write_bytes(png(image_grid(value.preview, 8)))
 
 
@@ -137,7 +140,8 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     _expect_names(history, path, "loss", "preview")
     preview = _take(history, path, "preview", torch.uint8, 4)
     _expect(preview.shape[1:] == spec.image_shape, path, f"previews of shape {tuple(preview.shape)}")
-    return Checkpoint(spec, tensors, _take(history, path, "loss", torch.float32, 1), preview)
+    loss = _take(history, path, "loss", torch.float32, 1) if "loss" in history else None
+    return Checkpoint(spec, tensors, loss, preview)
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -178,15 +182,24 @@ def _plan_entry(data: Any) -> PlanEntry:
 
 
 def save_quantized(value: QuantizedCheckpoint, directory: Path) -> None:
-    described = {name: (p.shape, p.format, p.granularity) for name, p in value.packed.items()}
-    tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
-    write_tensors(directory / "model.safetensors", tensors, metadata(model_description(value.spec), described))
+    write_model(value, directory / "model.safetensors")
 
 
 def load_quantized(directory: Path) -> QuantizedCheckpoint:
-    path = directory / "model.safetensors"
-    tensors, meta = read_tensors(path)
-    with readable(path, "a quantized model"):
+    return read_model(directory / "model.safetensors")
+
+
+def write_model(value: QuantizedCheckpoint, path: Path) -> None:
+    """The model file that :func:`read_model` reads; equal values give equal bytes."""
+    described = {name: (p.shape, p.format, p.granularity) for name, p in value.packed.items()}
+    tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
+    write_tensors(path, tensors, metadata(model_description(value.spec), described))
+
+
+def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
+    """The model in a file of casts and integer tensors, everything in it checked. Raises ArtifactCorrupt."""
+    tensors, meta = read_tensors(path, hint)
+    with readable(path, "a model", hint):
         packed = {name: _packed_tensor(name, facts, tensors) for name, facts in mapping(meta["quantized"]).items()}
         casts = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
         for name, tensor in tensors.items():

@@ -280,7 +280,7 @@ def check_name(name: str) -> None:
 
 def _how_to_make(kinds: tuple[str, ...]) -> str:
     commands = {
-        "checkpoint": "fqdiff train",
+        "checkpoint": "fqdiff train, or fqdiff import pretrained:mnist-small",
         "fisher": "fqdiff fisher",
         "plan": "fqdiff plan",
         "quantized": "fqdiff quantize",
