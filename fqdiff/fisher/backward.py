@@ -118,6 +118,8 @@ class _Collector:
                     f"layer '{name}' works on a first axis of {len(what)}, not on the batch of {self.batch}",
                     "per-sample gradients need the batch as the first axis of every layer",
                 )
+        # Under autocast a layer gets float32 and gives half precision: the products are made in float32 all the same.
+        gradient, inputs = _full(gradient), tuple(_full(v) for v in inputs)
         self.on_output(name, gradient)
         self.waiting.setdefault(name, []).append(per_sample(module, inputs, gradient))
         self.calls[name] -= 1
@@ -128,6 +130,10 @@ class _Collector:
             full = f"{name}.{parameter}" if name else parameter
             self.given.add(full)
             self.on_parameter(full, _summed([gradients[parameter] for gradients in found]))
+
+
+def _full(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def _summed(calls: list[Pieces]) -> Pieces:

@@ -14,9 +14,10 @@ from fqdiff.fisher.rules import Pieces
 
 @dataclass(frozen=True)
 class Squares:
-    """Squared gradients of one tensor in one batch, float64, on the CPU.
+    """Squared gradients of one tensor, on the CPU.
 
-    ``elements`` [G, *shape]: summed over the samples of each timestep. ``samples`` [B]: summed over the elements.
+    ``elements`` [G, *shape]: summed over the samples of each timestep, float32 where they come from one batch, else float64.
+    ``samples`` [B], float64: summed over the elements.
     """
 
     elements: Tensor
@@ -36,7 +37,7 @@ class Rows:
 def squares(pieces: Pieces, groups: int, batch: int) -> Squares:
     """Sums of squares of the gradients of ``batch`` samples, an equal number for each of ``groups`` timesteps in turn.
 
-    Within one batch squares are summed in float32 (at most B of them), everything after that in float64.
+    Within one batch squares are summed in float32 (at most B of them), all sums over batches and timesteps in float64.
     """
     elements: list[Tensor] = []
     norms: list[Tensor] = []
@@ -45,21 +46,22 @@ def squares(pieces: Pieces, groups: int, batch: int) -> Squares:
         piece = piece.float()
         norms.append(torch.linalg.vector_norm(piece, dim=tuple(range(1, piece.ndim))))
         if len(piece) == batch:
-            elements = list(piece.square().unflatten(0, (groups, -1)).sum(dim=1))
-            break
+            found = piece.square().unflatten(0, (groups, -1)).sum(dim=1)
+            return Squares(found.cpu(), norms[0].cpu().double().square())
         if not elements:  # laid out in memory as the gradients are, or adding them would be several times slower
             elements = [torch.zeros_like(piece[0]) for _ in range(groups)]
         for k, gradient in enumerate(piece, start=begin):
             elements[k * groups // batch].addcmul_(gradient, gradient)
         begin += len(piece)
-    return Squares(torch.stack(elements).cpu().double(), torch.cat(norms).cpu().double().square())
+    return Squares(torch.stack(elements).cpu(), torch.cat(norms).cpu().double().square())
 
 
 def added(parts: Sequence[Squares]) -> Squares:
     """Squares of the batches of one timestep, G = 1, as those of one batch."""
     if len(parts) == 1:
         return parts[0]
-    return Squares(torch.stack([p.elements for p in parts]).sum(dim=0), torch.cat([p.samples for p in parts]))
+    elements = torch.stack([p.elements.double() for p in parts]).sum(dim=0)
+    return Squares(elements, torch.cat([p.samples for p in parts]))
 
 
 def rows(found: Squares, scale: Tensor, axis: int, pairs: bool) -> Rows:
@@ -70,19 +72,20 @@ def rows(found: Squares, scale: Tensor, axis: int, pairs: bool) -> Rows:
     """
     count = len(found.samples) // len(scale)
     squared = scale.square()
-    elements = found.elements / count
-    each = found.samples.view(len(scale), count) / elements[0].numel()
+    each = found.samples.view(len(scale), count) / found.elements[0].numel()
     if pairs:
         each = each.view(len(scale), -1, 2).mean(dim=2)
     error = each.std(dim=1) / each.shape[1] ** 0.5
-    maximum = elements.flatten(1).amax(dim=1)
-    channel = channel_means(elements, axis)
+    maximum = found.elements.amax(dim=tuple(range(1, found.elements.ndim))).double() / count
+    channel = channel_means(found.elements, axis).double() / count
     return Rows(each.mean(dim=1) * squared, error * squared, maximum * squared, channel * squared[:, None])
 
 
 def channel_means(values: Tensor, axis: int) -> Tensor:
     """[G, *shape] -> [G, O]: mean over all but the first axis and ``axis`` of shape (-1: the last)."""
-    return values if values.ndim == 2 else values.movedim(axis if axis < 0 else axis + 1, 1).flatten(2).mean(dim=2)
+    keep = values.ndim - 1 if axis < 0 else axis + 1
+    others = [k for k in range(1, values.ndim) if k != keep]
+    return values.mean(dim=others) if others else values
 
 
 def robust_weights(norms: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def measure(
             measured.parameters[name] = rows(total, scale, layout.parameters[name], pairs)
             if weights:
                 count = len(total.samples) // groups
-                measured.weights[name] = torch.einsum("g,g...->...", scale.square() / count, total.elements)
+                measured.weights[name] = torch.einsum("g,g...->...", scale.square() / count, total.elements.double())
 
     for samples in task.batches:
         batch = draw(task, samples)
