@@ -9,6 +9,7 @@ COMMANDS = [
     [],
     ["train"],
     ["fisher"],
+    ["fisher", "validate"],
     ["plan"],
     ["quantize"],
     ["sample"],

@@ -51,6 +51,11 @@ STAGES: Mapping[str, Stage] = {
     "dataset": Stage("dataset", "fqdiff.store.sources:load_dataset"),
     "train": Stage("checkpoint", "fqdiff.stages.train:train", ("dataset",), parallel=True),
     "fisher": Stage("fisher", "fqdiff.stages.fisher:fisher", ("checkpoint", "dataset")),
+    "validate": Stage(
+        "validation",
+        "fqdiff.stages.validate:validate",
+        ("checkpoint", "dataset", "empirical", "true", "trajectory"),
+    ),
     "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher")),
     "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan")),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),

@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},
-    {"viz"},
+    {"viz", "sensitivity"},
     {"stages"},
     {"store"},
     {"pipeline"},

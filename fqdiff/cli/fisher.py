@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fqdiff.cli import fisher_validate
 from fqdiff.cli.groups import DefaultCommand
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data, table
@@ -77,3 +78,6 @@ def fisher_text(manifest: "Manifest", value: "FisherTable", rows: list[dict[str,
     ]
     title = f"fisher {manifest.id}: mean squared per-sample gradient, {len(t)} timesteps x {value.samples} samples"
     return title + "\n" + table(header, cells)
+
+
+app.command("validate", epilog=fisher_validate.EXAMPLE)(fisher_validate.validate)
