@@ -328,7 +328,8 @@ class TriedPlans:
 class Correlation:
     """Spearman's ``rho`` between a score and what was measured, with its 95 % bootstrap interval over ``clusters``.
 
-    ``n`` points; ``ratio``: median of measured over predicted, for scores in the target's unit. None where undefined.
+    ``n`` points; ``ratio``: median of measured over predicted, for scores in the target's unit, and ``spread`` its 5 % and
+    95 % quantiles. None where undefined.
     """
 
     score: str
@@ -339,6 +340,7 @@ class Correlation:
     n: int
     clusters: int
     ratio: float | None
+    spread: tuple[float, float] | None
 
 
 @dataclass(frozen=True)

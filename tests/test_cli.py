@@ -27,7 +27,7 @@ from fqdiff.store.store import Store
 from tests.test_evidence import StandIn
 
 COMMANDS = [
-    ["train"], ["fisher"], ["plan"], ["quantize"], ["sample"], ["fid"], ["run"],
+    ["train"], ["fisher"], ["fisher", "validate"], ["plan"], ["quantize"], ["sample"], ["fid"], ["run"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]  # fmt: skip
 

@@ -111,8 +111,10 @@ def validation_inputs(
 
 
 def score_rows(value: "Validation") -> list[dict[str, object]]:
-    """One row per score: rho with its interval for both targets, the worst rho within a bit width, the median ratio."""
-    ways = {shape.way for shape in value.errors if " " not in shape.way}
+    """One row per score: rho with its interval for both targets, the worst rho for output error within a bit width, and
+    measured over predicted: median, 5 % and 95 % quantiles.
+    """
+    ways = [shape.way for shape in value.errors if " " not in shape.way]
     found = {(r.score, r.target, r.subset): r for r in value.correlations}
     rows: list[dict[str, object]] = []
     for score in dict.fromkeys(r.score for r in value.correlations if r.subset == "all"):
@@ -121,9 +123,12 @@ def score_rows(value: "Validation") -> list[dict[str, object]]:
             overall = found.get((score, target, "all"))
             row[target] = overall.rho if overall else None
             row[f"{target}_interval"] = overall.interval if overall else None
-        within = [r.rho for r in value.correlations if r.score == score and r.subset in ways and r.rho is not None]
-        ratios = [r.ratio for r in value.correlations if r.score == score and r.subset == "all" and r.ratio is not None]
-        rows.append({**row, "worst_rho": min(within, default=None), "ratio": ratios[0] if ratios else None})
+        within = [r.rho for r in (found.get((score, "output_error", way)) for way in ways) if r and r.rho is not None]
+        in_unit = next((r for t in WORDS if (r := found.get((score, t, "all"))) and r.ratio is not None), None)
+        row["worst_rho"] = min(within, default=None)
+        row["ratio"] = in_unit.ratio if in_unit else None
+        row["spread"] = in_unit.spread if in_unit else None
+        rows.append(row)
     return rows
 
 
@@ -136,8 +141,8 @@ def validation_text(session: Session, manifest: "Manifest", value: "Validation")
             str(r["score"]),
             _rho(r["output_error"], r["output_error_interval"]),
             _rho(r["image_error"], r["image_error_interval"]),
-            _number(r["worst_rho"], ".3f"),
-            _number(r["ratio"], ".3g"),
+            f"{r['worst_rho']:.3f}" if r["worst_rho"] is not None else "",
+            _ratio(r["ratio"], r["spread"]),
         ]
         for r in sorted(rows, key=lambda r: -_order(r["output_error"]))
     ]
@@ -156,18 +161,14 @@ def validation_text(session: Session, manifest: "Manifest", value: "Validation")
 def error_text(value: "Validation") -> str:
     """By way of storing: measured over predicted, and what the errors have in common."""
     scored = [s for s in value.scores if s.endswith("_mean") or s == "gram"]
-    ratios = {(r.score, r.subset): r.ratio for r in value.correlations if r.target == "output_error"}
-    header = ("stored as", *(f"/ {s}" for s in scored), "shift of the mean", "cosine between tensors, 5 to 95 %")
-    cells = [
-        [
-            e.way,
-            *(_number(ratios.get((s, e.way)), ".3g") for s in scored),
-            f"{100 * e.shift_share:.1f} %",
-            f"{e.low:+.2f} to {e.high:+.2f}",
-        ]
-        for e in value.errors
-    ]
-    return "measured / predicted output error (medians), and what the errors look like\n" + table(header, cells)
+    found = {(r.score, r.subset): r for r in value.correlations if r.target == "output_error"}
+    header = ("stored as", *(f"/ {s}" for s in scored), "shift of the mean", "cosine between tensors")
+    cells = []
+    for e in value.errors:
+        ratios = [_ratio(r.ratio, r.spread) if (r := found.get((s, e.way))) else "" for s in scored]
+        cells.append([e.way, *ratios, f"{100 * e.shift_share:.1f} %", f"{e.low:+.2f} to {e.high:+.2f}"])
+    title = "measured / predicted output error, median (5 to 95 % of tensors), and what the errors look like"
+    return title + "\n" + table(header, cells)
 
 
 def plan_text(value: "Validation") -> str:
@@ -179,9 +180,9 @@ def plan_text(value: "Validation") -> str:
     header = ("sum over the plan", *(f"rho, {WORDS[t]}" for t in WORDS), "measured / predicted")
     cells = []
     for score, found in rows.items():
-        ratio = next((r.ratio for r in found.values() if r.ratio is not None), None)
+        ratio = next((_ratio(r.ratio, r.spread) for r in found.values() if r.ratio is not None), "")
         shown = [_rho(found[t].rho, found[t].interval) if t in found else "" for t in WORDS]
-        cells.append([score, *shown, _number(ratio, ".3g")])
+        cells.append([score, *shown, ratio])
     return f"{len(value.plans.labels)} whole plans, 95 % intervals over plans\n" + table(header, cells)
 
 
@@ -202,8 +203,10 @@ def _order(rho: object) -> float:
     return rho if isinstance(rho, float) else -2.0
 
 
-def _number(value: object, form: str) -> str:
-    return format(value, form) if isinstance(value, float) else ""
+def _ratio(ratio: object, spread: object) -> str:
+    if not isinstance(ratio, float):
+        return ""
+    return f"{ratio:.2f}" + (f" ({spread[0]:.2f}-{spread[1]:.2f})" if isinstance(spread, tuple) else "")
 
 
 def _rho(rho: object, interval: object) -> str:

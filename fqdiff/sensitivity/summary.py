@@ -17,6 +17,7 @@ from fqdiff.values import Candidate, Correlation, ErrorShape, TriedPlans, Verdic
 
 OUTPUT, IMAGE = "output_error", "image_error"
 FISHER_KINDS = ("empirical", "true", "trajectory")
+SPREAD = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
 FEWEST_CLUSTERS = 5  # fewer give no interval worth the name
 Scores = Mapping[str, Tensor]
 
@@ -54,17 +55,20 @@ class Judge:
         for i, (score, values) in enumerate(scores.items()):
             rho = found[i] if found[i] == found[i] else None
             interval = percentile_interval(draws[i]) if draws is not None and rho is not None else None
-            ratio = self.ratio(score, name, values, target)
-            rows.append(Correlation(score, name, subset, rho, interval, target.numel(), len(target), ratio))
+            ratio, spread = self.ratio(score, name, values, target)
+            rows.append(Correlation(score, name, subset, rho, interval, target.numel(), len(target), ratio, spread))
         return rows
 
-    def ratio(self, score: str, name: str, predicted: Tensor, target: Tensor) -> float | None:
-        """Median of measured over predicted, both half a squared error summed over pixels."""
+    def ratio(
+        self, score: str, name: str, predicted: Tensor, target: Tensor
+    ) -> tuple[float | None, tuple[float, float] | None]:
+        """Median and 5 % and 95 % quantiles of measured over predicted, both half a squared error summed over pixels."""
         usable = predicted > 0
         if unit(score) != name or not usable.any():
-            return None
+            return None, None
         measured = target * 0.5 * self.pixels if name == IMAGE else target
-        return float((measured[usable] / predicted[usable]).median())
+        low, middle, high = (measured[usable] / predicted[usable]).quantile(SPREAD).tolist()
+        return middle, (low, high)
 
     def verdicts(self, scores: Scores, name: str, target: Tensor, rows: Sequence[Correlation]) -> list[Verdict]:
         """The best score against the runner-up, and the best Fisher score against the best rival."""
@@ -141,7 +145,6 @@ def error_shapes(
             continue
         share = (0.5 * pixels * shift[chosen] / output_error[chosen].clamp(min=1e-300)).median()
         angles = cosines(matrix, chosen)
-        ends = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-        low, middle, high = angles.quantile(ends).tolist() if len(angles) else (0.0, 0.0, 0.0)
+        low, middle, high = angles.quantile(SPREAD).tolist() if len(angles) else (0.0, 0.0, 0.0)
         shapes.append(ErrorShape(name, float(share), low, middle, high))
     return tuple(shapes)
