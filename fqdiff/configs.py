@@ -171,8 +171,8 @@ class ValidateConfig:
     clipped: tuple[str, ...] = ("int4",)
     granularity: str = "channel"
     timesteps: int = 20
-    samples: int = 8
-    images: int = 16
+    samples: int = 6
+    images: int = 12
     steps: int = 25
     plans: int = 32
     resamples: int = 1000

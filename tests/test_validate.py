@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from fqdiff.cli.app import app
+from fqdiff.cli.fisher_validate import verdict_text
 from fqdiff.configs import ValidateConfig
 from fqdiff.context import Context, MemoryParts
 from fqdiff.diffusion.samplers import ddim
@@ -30,17 +31,20 @@ from fqdiff.sensitivity.inputs import Inputs, draw_inputs, graded_timesteps
 from fqdiff.sensitivity.measure import outputs, replaced, residual, rises
 from fqdiff.sensitivity.plans import make_plans
 from fqdiff.sensitivity.predictions import at_timesteps, diagonal_rise, sampler_weights
+from fqdiff.sensitivity.summary import Judge, correlate
 from fqdiff.stages import validate as module
 from fqdiff.stages.validate import validate
 from fqdiff.store.codecs import CODECS
 from fqdiff.values import (
     Candidate,
     Checkpoint,
+    Correlation,
     Dataset,
     FisherEntry,
     FisherTable,
     TrajectoryEntry,
     Validation,
+    Verdict,
     predict_noise,
 )
 
@@ -346,6 +350,37 @@ def test_the_interval_of_unrelated_numbers_holds_zero_about_as_often_as_it_shoul
         assert interval is not None
         held += interval[0] <= 0 <= interval[1]
     assert held >= 50
+
+
+def judged(scores: dict[str, Tensor], output: Tensor, image: Tensor) -> tuple[list[Correlation], list[Verdict]]:
+    """Eight tensors in two formats, as the stage judges them; 4 pixels."""
+    candidates = [Candidate(f"w{m}", "1", 4, fmt, "min-max") for m in range(8) for fmt in ("int8", "int4")]
+    targets = {"output_error": output, "image_error": image, "timesteps": output[:, None]}
+    return correlate(candidates, scores, {}, targets, Judge(0, 200, 4))
+
+
+def test_a_score_that_knows_beats_one_that_guesses_and_units_are_respected() -> None:
+    output, image, noise = torch.rand(3, 16, generator=generator(0, "judged")).double()
+    rows, verdicts = judged({"true_mean": output / 3, "trajectory": image, "random": noise}, output, image)
+    found = {(r.score, r.target, r.subset): r for r in rows}
+    assert found["true_mean", "output_error", "all"].rho == 1
+    assert found["true_mean", "output_error", "int4"].ratio == pytest.approx(3)
+    assert found["true_mean", "image_error", "all"].ratio is None
+    assert found["trajectory", "image_error", "all"].ratio == pytest.approx(0.5 * 4)  # half a sum, not a mean
+    assert found["random", "output_error", "all"].ratio is None
+    verdict = next(v for v in verdicts if v.question == "Fisher against rivals" and v.target == "output_error")
+    assert (verdict.better, verdict.other) == ("true_mean", "random")
+    assert verdict.interval is not None
+    assert verdict.interval[0] > 0
+
+
+def test_two_scores_of_the_same_worth_cannot_be_told_apart() -> None:
+    output = torch.rand(16, generator=generator(1, "judged")).double()
+    near = [output + 0.3 * torch.rand(16, generator=generator(k, "near")) for k in range(2)]
+    _, verdicts = judged({"true_mean": near[0], "modelopt": near[1]}, output, output)
+    assert verdicts[0].interval is not None
+    assert verdicts[0].interval[0] < 0 < verdicts[0].interval[1]
+    assert "cannot be told apart" in verdict_text(verdicts[0])
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------

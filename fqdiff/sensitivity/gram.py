@@ -12,8 +12,11 @@ from torch import Tensor
 
 def gram(deltas: Tensor, share: Tensor) -> Tensor:
     """Sum over inputs of share * <delta_k, delta_l>, float64 [K, K]; ``deltas`` [K, N, ...], ``share`` [N]."""
-    rows = (deltas.flatten(2).double() * share.sqrt()[None, :, None]).flatten(1)
-    return rows @ rows.T
+    total = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for n, part in enumerate(share):  # one input at a time: all of them in float64 are twice as large again
+        rows = deltas[:, n].flatten(1).double()
+        total += part * (rows @ rows.T)
+    return total
 
 
 def gram_rise(matrix: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def outputs(network: nn.Module, inputs: Inputs, device: torch.device) -> Tensor:
         found = [network(part.x_t.to(device), part.t.to(device)).cpu().double() for part in inputs.chunks()]
     result: Tensor = inputs.weight.double() * torch.cat(found)
     if not torch.isfinite(result).all():
-        raise NumericalError("the network's output holds NaN or infinity", "check the checkpoint")
+        raise NumericalError("the network's output holds NaN or infinity", "check the checkpoint; try more bits")
     return result
 
 

@@ -72,23 +72,19 @@ class Judge:
 
     def verdicts(self, scores: Scores, name: str, target: Tensor, rows: Sequence[Correlation]) -> list[Verdict]:
         """The best score against the runner-up, and the best Fisher score against the best rival."""
-        ranked = [
-            r.score for r in sorted(rows, key=lambda r: -(r.rho or -1)) if r.score in scores and r.rho is not None
-        ]
-        best = {kind: [s for s in ranked if family(s) == kind] for kind in ("fisher", "rival")}
+        rho = {r.score: r.rho for r in rows if r.rho is not None}
+        ranked = sorted(rho, key=lambda score: -rho[score])
+        fishers, others = ([s for s in ranked if family(s) == kind] for kind in ("fisher", "rival"))
         contests = [("best two", ranked[:2])]
-        if best["fisher"] and best["rival"]:
-            either = sorted((best["fisher"][0], best["rival"][0]), key=ranked.index)
-            contests.append(("Fisher against rivals", either))
-        rho = {r.score: r.rho for r in rows}
+        if fishers and others:
+            contests.append(("Fisher against rivals", sorted((fishers[0], others[0]), key=ranked.index)))
         result = []
         for question, pair in contests:
             if len(pair) == 2:
-                first, second = pair
-                draws = self.draws(torch.stack([scores[s] for s in pair]), target, name, "all")
+                better, other = pair
+                draws = self.draws(torch.stack([scores[better], scores[other]]), target, name, "all")
                 interval = percentile_interval(draws[0] - draws[1]) if len(target) >= FEWEST_CLUSTERS else None
-                difference = (rho[first] or 0.0) - (rho[second] or 0.0)
-                result.append(Verdict(question, name, first, second, difference, interval))
+                result.append(Verdict(question, name, better, other, rho[better] - rho[other], interval))
         return result
 
 

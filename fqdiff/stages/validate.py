@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fqdiff.configs import ValidateConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, DataError, LineageError
+from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
 from fqdiff.models.registry import output_axes, parameter_blocks
 from fqdiff.rng import generator
 from fqdiff.sensitivity import rivals
@@ -222,7 +222,11 @@ class Bench:
             scores[f"{kind}_mean"] = by_timestep[kind] @ self.weights
             scores[f"{kind}_sampler"] = at(steps) @ gains
         scores["gram"] = 0.5 * ledger.rows("gram", self.count, self.count).diagonal().clone()
-        return scores | self._rival_scores(ledger, squares), by_timestep
+        scores |= self._rival_scores(ledger, squares)
+        for name, found in scores.items():
+            if not torch.isfinite(found).all():
+                raise NumericalError(f"the score '{name}' holds NaN or infinity", "check the checkpoint and its tables")
+        return scores, by_timestep
 
     def _rival_scores(self, ledger: Ledger, squares: Sequence[Tensor]) -> dict[str, Tensor]:
         weights = [self.weights_of[c.tensor] for c in self.candidates]
