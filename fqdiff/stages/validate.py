@@ -25,8 +25,8 @@ from fqdiff.sensitivity.predictions import at_timesteps, check_table, diagonal_r
 from fqdiff.sensitivity.summary import IMAGE, OUTPUT, Judge, correlate, correlate_plans, error_shapes
 from fqdiff.values import Checkpoint, Dataset, FisherTable, TriedPlans, Validation
 
-HESSIAN_DRAWS = 100
-HESSIAN_SAMPLES = 2  # training images per timestep for the Hessian, whose products cost six times a forward pass
+HESSIAN_DRAWS = 10  # of each tensor at most; HAWQ allows 100, but from the first few on ranks hardly move
+HESSIAN_SAMPLES = 2  # training images per timestep for the Hessian, whose products cost several forward passes each
 
 
 def validate(
@@ -185,15 +185,12 @@ class Bench:
             for k, score in rivals.autoround_scores(network, option, self.calibration, self.device).items():
                 autoround[k] = score
 
-        draws = ledger.rows("hutchinson", HESSIAN_DRAWS, len(groups))
+        traces = ledger.rows("hutchinson", len(groups))
         few = torch.arange(len(self.calibration)) % self.config.samples < HESSIAN_SAMPLES
         inputs = self.calibration.chosen(few.nonzero().flatten())
-        drawn = ledger.rows("hutchinson draws")
-        for number in ledger.units("hutchinson", HESSIAN_DRAWS, "draw"):
-            if rivals.hawq_settled(draws[:number]):
-                break
-            draws[number] = rivals.hessian_draw(network, list(groups), inputs, self.device, self.seed, number)
-            drawn.fill_(number + 1)
+        for number in ledger.units("hutchinson", len(groups), "tensor"):
+            name = list(groups)[number]
+            traces[number] = rivals.hessian_trace(network, name, inputs, self.device, self.seed, HESSIAN_DRAWS)
         network.requires_grad_(False)
 
     def scores(self, ledger: Ledger) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -233,8 +230,7 @@ class Bench:
         sizes = torch.tensor([c.numel for c in self.candidates], dtype=torch.float64)
         total = torch.stack([s.sum() for s in squares])
         groups = group_by_tensor(self.candidates)
-        drawn = int(ledger.rows("hutchinson draws"))
-        traces = ledger.rows("hutchinson", HESSIAN_DRAWS, len(groups))[:drawn].mean(dim=0)
+        traces = ledger.rows("hutchinson", len(groups))
         trace = torch.cat([value.expand(len(group)) for value, group in zip(traces, groups.values(), strict=True)])
         magnitude = [rivals.mean_magnitude(weight) for weight in weights]
         return {

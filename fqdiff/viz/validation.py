@@ -40,7 +40,7 @@ def scatter(value: Validation) -> dict[str, bytes]:
             axes.plot(ends, ends, color="#888888", linewidth=0.8, zorder=0)
         title = TITLES.get(score, f"Fisher: {score.replace('_', ', ')}")
         left_out = f", {len(measured) - drawn} not above 0" if drawn < len(measured) else ""
-        axes.set(xscale="log", yscale="log", title=title + _told(rho.get(score)) + left_out, xlabel="foretold")
+        axes.set(xscale="log", yscale="log", title=title + _told(rho.get(score)), xlabel="foretold" + left_out)
         axes.spines[["top", "right"]].set_visible(False)
         if place % 3 == 1:
             axes.set_ylabel("measured output error")
