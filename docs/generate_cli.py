@@ -12,6 +12,7 @@ COMMANDS = [
     ["fisher"],
     ["fisher", "merge"],
     ["fisher", "top"],
+    ["fisher", "validate"],
     ["plan"],
     ["quantize"],
     ["sample"],

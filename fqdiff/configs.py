@@ -171,6 +171,41 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class ValidateConfig:
+    """How predictions are put to the test: every weight tensor in each of ``formats`` by min-max ranges, and in each of
+    ``clipped`` by ranges of least weight error, one at a time.
+
+    ``samples`` held-out images at each of ``timesteps``, as many training images for the scores that need some; ``images``
+    pairs of final images after ``steps`` of DDIM, 0 for none; ``plans`` random plans beside the uniform ones, 0 for no
+    plans at all.
+    """
+
+    formats: tuple[str, ...] = ("int8", "int6", "int4", "int3", "int2")
+    clipped: tuple[str, ...] = ("int4",)
+    granularity: str = "channel"
+    timesteps: int = 20
+    samples: int = 6
+    images: int = 12
+    steps: int = 25
+    plans: int = 32
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        require(bool(self.formats), "no formats to try", "e.g. int8,int4")
+        for name in ("formats", "clipped"):
+            values = getattr(self, name)
+            require(len(set(values)) == len(values), f"{name} {','.join(values)} name one twice", "list each once")
+        require(
+            self.granularity in ("tensor", "channel"), f"unknown granularity '{self.granularity}'", "tensor or channel"
+        )
+        for name in ("timesteps", "samples", "steps"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "use 1 or more")
+        for name in ("images", "plans"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}", "use 0 (none) or more")
+        require(self.resamples >= 2, f"resamples is {self.resamples}", "an interval needs 2 or more, e.g. 1000")
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """Nothing to choose yet: the plan says it all."""
 

@@ -63,6 +63,11 @@ STAGES: Mapping[str, Stage] = {
         parallel=True,
         shard="fqdiff.stages.fisher:fisher_shard",
     ),
+    "validate": Stage(
+        "validation",
+        "fqdiff.stages.validate:validate",
+        ("checkpoint", "dataset", "empirical", "true", "trajectory"),
+    ),
     "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher")),
     "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan")),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),

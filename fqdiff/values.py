@@ -294,3 +294,104 @@ class FidResult:
     difference: float | None = None
     interval: tuple[float, float] | None = None
     image_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One weight tensor in one format. ``range``: "min-max", or "clipped" to the least weight error."""
+
+    tensor: str
+    block: str
+    numel: int
+    format: str
+    range: str
+
+
+@dataclass(frozen=True)
+class TriedPlans:
+    """Whole plans, P of them, with what they did. ``choice`` int64 [P, M]: the candidate of each weight tensor.
+
+    float64 [P] each: ``bits`` (mean of the weights' codes), ``output_error`` and ``shift`` (averaged over timesteps),
+    ``image_error`` and ``image_shift`` ([0] where not measured), and what each score ``predicted``.
+    """
+
+    labels: tuple[str, ...]
+    choice: Tensor
+    bits: Tensor
+    output_error: Tensor
+    shift: Tensor
+    image_error: Tensor
+    image_shift: Tensor
+    predicted: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's ``rho`` between a score and what was measured, with its 95 % bootstrap interval over ``clusters``.
+
+    ``n`` points; ``ratio``: median of measured over predicted, for scores in the target's unit, and ``spread`` its 5 % and
+    95 % quantiles. None where undefined.
+    """
+
+    score: str
+    target: str
+    subset: str
+    rho: float | None
+    interval: tuple[float, float] | None
+    n: int
+    clusters: int
+    ratio: float | None
+    spread: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Difference of two scores' rho with the same target, over the same bootstrap draws. ``better`` has the higher rho."""
+
+    question: str
+    target: str
+    better: str
+    other: str
+    difference: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class ErrorShape:
+    """What the output errors of one way of storing have in common; medians over tensors.
+
+    ``shift_share``: part of the output error that is a shift of the output's mean. ``alignment``: cosine between the output
+    errors of pairs of tensors, its 5 %, 50 % and 95 % quantiles as ``low``, ``middle``, ``high``.
+    """
+
+    way: str
+    shift_share: float
+    low: float
+    middle: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Measured rises of K candidates at T timesteps beside what every score foretold.
+
+    ``timesteps`` int64 [T] with their ``weights`` float64 [T] in a mean over all timesteps. float64: ``output_error``,
+    ``loss_rise``, ``shift`` [K, T]; ``image_error``, ``image_shift`` [K] ([0] where not measured); ``predicted``
+    Fisher table kind -> [K, T]; ``scores`` name -> [K]; ``gram`` [K, K], inner products of output errors.
+    """
+
+    candidates: tuple[Candidate, ...]
+    timesteps: Tensor
+    weights: Tensor
+    output_error: Tensor
+    loss_rise: Tensor
+    shift: Tensor
+    image_error: Tensor
+    image_shift: Tensor
+    predicted: Tensors
+    scores: Tensors
+    gram: Tensor
+    plans: TriedPlans
+    correlations: tuple[Correlation, ...]
+    verdicts: tuple[Verdict, ...]
+    errors: tuple[ErrorShape, ...]

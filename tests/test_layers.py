@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},
-    {"viz", "fisher", "preview"},
+    {"viz", "fisher", "preview", "sensitivity"},
     {"stages"},
     {"store"},
     {"pipeline"},

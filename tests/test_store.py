@@ -33,9 +33,12 @@ from fqdiff.store.manifest import Input, Manifest, Recipe
 from fqdiff.store.parts import StoredParts, last_unfinished
 from fqdiff.store.store import Store, check_name
 from fqdiff.values import (
+    Candidate,
     Checkpoint,
     ClassifierWeights,
+    Correlation,
     Dataset,
+    ErrorShape,
     FidResult,
     FisherEntry,
     FisherTable,
@@ -44,6 +47,9 @@ from fqdiff.values import (
     PlanEntry,
     QuantizedCheckpoint,
     SampleSet,
+    TriedPlans,
+    Validation,
+    Verdict,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +82,48 @@ def tiny_fisher(shapes: Mapping[str, tuple[int, ...]], timesteps: int = 3) -> Fi
     return FisherTable("empirical", torch.arange(timesteps) * 7, 2, entries)
 
 
+def tiny_validation(images: bool = True) -> Validation:
+    """Four candidates of two tensors at three timesteps, and two plans."""
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=draw, dtype=torch.float64)
+
+    draw = generator(0, "validation")
+    candidates = tuple(
+        Candidate(name, block, 6, "int4", kind)
+        for name, block in (("a", "1"), ("b", "head"))
+        for kind in ("min-max", "clipped")
+    )
+    choice = torch.tensor([[0, 2], [1, 3]])
+    sizes = (4, 2) if images else (0, 0)
+    plans = TriedPlans(
+        ("int4", "mixed"),
+        choice,
+        *(numbers(2) for _ in range(3)),
+        numbers(sizes[1]),
+        numbers(sizes[1]),
+        {"gram": numbers(2)},
+    )
+    return Validation(
+        candidates,
+        torch.tensor([1, 6, 900]),
+        numbers(3),
+        *(numbers(4, 3) for _ in range(3)),
+        numbers(sizes[0]),
+        numbers(sizes[0]),
+        {"true": numbers(4, 3)},
+        {"true_mean": numbers(4), "random": numbers(4)},
+        numbers(4, 4),
+        plans,
+        (
+            Correlation("true_mean", "output_error", "all", 0.5, (-0.25, 0.75), 4, 2, 1.5, (0.5, 2.5)),
+            Correlation("random", "output_error", "all", None, None, 4, 2, None, None),
+        ),
+        (Verdict("best two", "output_error", "true_mean", "random", 0.25, None),),
+        (ErrorShape("int4", 0.1, -0.2, 0.0, 0.2), ErrorShape("int4 clipped", 0.3, -0.2, 0.0, 0.2)),
+    )
+
+
 @cache
 def tiny_value(kind: str) -> Any:
     """A small valid value of ``kind``."""
@@ -96,6 +144,8 @@ def tiny_value(kind: str) -> Any:
         return Checkpoint(spec, tensors, torch.rand(5, generator=draw), tiny_images(4))
     if kind == "fisher":
         return tiny_fisher({name: tuple(t.shape) for name, t in tensors.items()})
+    if kind == "validation":
+        return tiny_validation()
     if kind == "plan":
         entries = [
             PlanEntry(
@@ -169,6 +219,11 @@ def test_a_checkpoint_without_training_loss_loads_equal_and_has_no_curve(store: 
     manifest = put(store, "checkpoint", value=value)
     assert same(Runner(store).load(manifest), value)
     assert "loss.png" not in {f.name for f in manifest.files}
+
+
+def test_a_validation_without_images_loads_equal(store: Store) -> None:
+    value = tiny_validation(images=False)
+    assert same(Runner(store).load(put(store, "validation", value=value)), value)
 
 
 def test_fisher_rows_of_many_row_groups_load_in_order(store: Store) -> None:

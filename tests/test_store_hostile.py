@@ -42,7 +42,7 @@ TENSOR_FILES = {
     "features": "classifier.safetensors",
 }
 JSON_FILES = {"plan": "plan.json", "metrics": "metrics.json"}
-FILES = {**TENSOR_FILES, **JSON_FILES, "fisher": "fisher.parquet"}
+FILES = {**TENSOR_FILES, **JSON_FILES, "fisher": "fisher.parquet", "validation": "validation.parquet"}
 fuzz = settings(
     max_examples=40,
     deadline=None,
@@ -300,7 +300,7 @@ def test_a_payload_that_is_a_link_is_refused_even_if_its_hash_fits(kind: str, st
         path.symlink_to(outside)
         with pytest.raises(ArtifactCorrupt, match=f"{record.name} is a link"):
             Runner(store).load(manifest)
-        if not record.name.endswith(".png"):
+        if not record.name.endswith((".png", ".svg")):
             with pytest.raises(ArtifactCorrupt, match=f"{record.name} is a link"):
                 CODECS[kind].load(path.parent)
         path.unlink()
@@ -750,7 +750,7 @@ def test_a_file_with_any_bytes_changed_is_refused_or_harmless(kind: str, data: s
     store = Store(tmp_path / "store")
     content = bytearray(payload(kind, FILES[kind]))
     positions = st.integers(0, len(content) - 1)
-    if kind == "fisher":
+    if kind in ("fisher", "validation"):
         positions = st.integers(max(0, len(content) - 4000), len(content) - 1) | positions  # its footer
     elif kind in TENSOR_FILES:
         positions = st.integers(0, 500) | positions
@@ -1013,3 +1013,100 @@ def test_an_unfinished_recipe_that_belongs_elsewhere_is_refused(store: Store) ->
     (parts.folder / "recipe.json").write_text('{"kind": NaN}')
     with pytest.raises(ArtifactCorrupt, match="recipe"):
         last_unfinished(store, "plan")
+
+
+# --- validations -----------------------------------------------------------------------------------------------------
+
+
+def rewritten(kind: str, name: str, change: Callable[[pa.Table], pa.Table]) -> bytes:
+    """A Parquet payload with its table changed."""
+    sink = pa.BufferOutputStream()
+    table = pq.read_table(pa.BufferReader(payload(kind, name)))
+    pq.write_table(
+        change(table), sink, compression="zstd", use_dictionary=["tensor", "block", "format", "range", "plan"]
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def swapped(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.slice(1),
+        lambda t: t.slice(0, 0),
+        lambda t: t.drop_columns(["weight"]),
+        lambda t: t.append_column("other", t["weight"]),
+        lambda t: t.append_column("predicted_x", pa.array([None] * 12, pa.float64())),
+        lambda t: t.append_column("predicted_x", pa.array([float("nan")] * 12)),
+        lambda t: t.append_column("predicted_true", t["weight"]),
+        lambda t: swapped(t, "timestep", pa.array([1, 1, 6] * 4, pa.int16())),
+        lambda t: swapped(t, "timestep", pa.array([-5, 1, 6] * 4, pa.int16())),
+        lambda t: swapped(t, "timestep", pa.array([1, 6, 900] * 3 + [1, 6, 901], pa.int16())),
+        lambda t: swapped(t, "tensor", pa.array(["a"] * 12)),
+        lambda t: swapped(t, "shift", pa.array([float("inf")] * 12)),
+        lambda t: t.take(pa.array(list(range(11, -1, -1)))),
+    ],
+)
+def test_rows_that_are_no_validation_are_refused(change: Any, store: Store) -> None:
+    refuse(store, "validation", "validation.parquet", rewritten("validation", "validation.parquet", change))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("candidates.parquet", lambda t: t.slice(0, 0)),
+        ("candidates.parquet", lambda t: t.take(pa.array([0, 1, 2, 2]))),
+        ("candidates.parquet", lambda t: swapped(t, "numel", pa.array([0, 6, 6, 6], pa.int64()))),
+        ("candidates.parquet", lambda t: swapped(t, "tensor", pa.array(["a" * 10**5] * 2 + ["b"] * 2))),
+        ("candidates.parquet", lambda t: t.drop_columns(["image_error"])),
+        ("plans.parquet", lambda t: t.append_column("score_x", t["bits"])),
+        ("plans.parquet", lambda t: swapped(t, "bits", pa.array([float("nan"), 1.0]))),
+    ],
+)
+def test_tables_that_are_no_candidates_or_plans_are_refused(name: str, change: Any, store: Store) -> None:
+    refuse(store, "validation", name, rewritten("validation", name, change))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"gram": torch.ones(4, 4)},
+        {"gram": torch.ones(3, 4).double()},
+        {"gram": torch.full((4, 4), float("nan")).double()},
+        {"choice": torch.tensor([[0, 4], [1, 3]])},
+        {"choice": torch.tensor([[0, -1], [1, 3]])},
+        {"choice": torch.tensor([[0, 2]])},
+        {"choice": torch.tensor([0, 2])},
+        {"other": torch.ones(1)},
+    ],
+    ids=str,
+)
+def test_a_gram_matrix_that_does_not_fit_its_candidates_is_refused(tensors: Any, store: Store) -> None:
+    good = {"gram": torch.ones(4, 4).double(), "choice": torch.tensor([[0, 2], [1, 3]])}
+    refuse(store, "validation", "gram.safetensors", tensor_file(**{**good, **tensors}))
+
+
+@pytest.mark.parametrize("name", ["validation.parquet", "candidates.parquet", "plans.parquet"])
+def test_a_table_that_unpacks_to_gigabytes_is_refused_without_memory(name: str, store: Store) -> None:
+    sink = pa.BufferOutputStream()
+    zeros = pa.array(np.zeros(2**22))
+    pq.write_table(pa.table({f"c{i}": zeros for i in range(20)}), sink, compression="zstd", use_dictionary=False)
+    content = sink.getvalue().to_pybytes()
+    del zeros
+    with little_memory():
+        refuse(store, "validation", name, content, "unpack")
+
+
+@fuzz
+@given(data=st.data())
+def test_any_value_anywhere_in_a_summary_is_refused_or_harmless(data: st.DataObject, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    good = json.loads(payload("validation", "summary.json"))
+    content = json.dumps(changed(good, data.draw(st.sampled_from(places(good))), data.draw(json_values))).encode()
+    try:
+        load(store, "validation", "summary.json", content)
+    except ArtifactCorrupt as error:
+        assert error.message  # noqa: PT017 (no error is fine too)

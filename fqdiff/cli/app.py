@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 import fqdiff
-from fqdiff.cli import fid, fisher, fisher_merge, fisher_top, import_, plan, plot, quantize, run, sample, store, train
+from fqdiff.cli import (
+    fid,
+    fisher,
+    fisher_merge,
+    fisher_top,
+    fisher_validate,
+    import_,
+    plan,
+    plot,
+    quantize,
+    run,
+    sample,
+    store,
+    train,
+)
 from fqdiff.cli.groups import InOrder
 
 app = typer.Typer(
@@ -24,6 +38,7 @@ app.command("train", rich_help_panel=PIPELINE, epilog=train.EXAMPLE)(train.train
 app.command("import", rich_help_panel=PIPELINE, epilog=import_.EXAMPLE)(import_.import_)
 fisher.app.command("top", epilog=fisher_top.EXAMPLE)(fisher_top.top)
 fisher.app.command("merge", epilog="Example: fqdiff fisher merge --from node2/fqdiff-store")(fisher_merge.merge)
+fisher.app.command("validate", epilog=fisher_validate.EXAMPLE)(fisher_validate.validate)
 app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)
 app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(plan.plan)
 app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(

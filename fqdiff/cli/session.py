@@ -253,7 +253,7 @@ class _TqdmBar:
         self.bar.set_postfix_str(text, refresh=False)
 
 
-STAGE_TABLES = ("train", "fisher", "plan", "quantize", "sample", "classifier", "fid")
+STAGE_TABLES = ("train", "fisher", "validate", "plan", "quantize", "sample", "classifier", "fid")
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
 
 
@@ -262,7 +262,7 @@ def _checked(name: str, value: object, default: object) -> object:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(_checked(name, element, 0.0) for element in value)
+        return tuple(_checked(name, element, default[0] if default else 0.0) for element in value)
     if type(value) is not type(default):
         raise ConfigError(f"{name} is {value!r}", f"a {type(default).__name__}, such as {default!r}")
     return value

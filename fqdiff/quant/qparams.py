@@ -31,14 +31,24 @@ def choose_qparams(x: Tensor, fmt: Format, granularity: Granularity) -> QParams:
 
     Raises QuantizationError where ``x`` is not finite.
     """
+    rows = channel_rows(x, granularity)
+    return range_qparams(rows.amin(dim=1), rows.amax(dim=1), fmt)
+
+
+def channel_rows(x: Tensor, granularity: Granularity) -> Tensor:
+    """The weights that share a scale as the rows of a matrix [groups, ...]. Raises QuantizationError unless all are finite."""
     if not torch.isfinite(x).all():
         raise QuantizationError("a tensor to quantize holds NaN or infinity", "check the checkpoint it came from")
     groups = group_count(tuple(x.shape), granularity)
-    rows = (
+    return (
         x.reshape(1, -1) if isinstance(granularity, PerTensor) else x.movedim(granularity.axis, 0).reshape(groups, -1)
     )
-    low = rows.amin(dim=1).clamp(max=0).double()
-    high = rows.amax(dim=1).clamp(min=0).double()
+
+
+def range_qparams(minimum: Tensor, maximum: Tensor, fmt: Format) -> QParams:
+    """Asymmetric parameters that spread all codes of ``fmt`` from ``minimum`` to ``maximum`` [groups], widened to hold 0."""
+    low = minimum.clamp(max=0).double()
+    high = maximum.clamp(min=0).double()
     scale = ((high - low) / fmt.qmax).float()
     # A group of zeros, or of numbers too small for a float32 step, is stored as zeros: any step will do.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

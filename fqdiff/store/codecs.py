@@ -18,6 +18,7 @@ from fqdiff.quant.packed import PackedTensor, part_layout, stored_bytes
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
 from fqdiff.store.files import MAKE_AGAIN, read_json, read_tensors, readable, write_tensors
 from fqdiff.store.fisher_files import load_fisher, save_fisher
+from fqdiff.store.validation import load_validation, save_validation
 from fqdiff.values import (
     Checkpoint,
     ClassifierWeights,
@@ -278,6 +279,7 @@ CODECS: Mapping[str, Codec] = {
     "dataset": Codec(save_dataset, load_dataset),
     "checkpoint": Codec(save_checkpoint, load_checkpoint),
     "fisher": Codec(save_fisher, load_fisher),
+    "validation": Codec(save_validation, load_validation),
     "plan": Codec(save_plan, load_plan),
     "quantized": Codec(save_quantized, load_quantized),
     "samples": Codec(save_samples, load_samples),

@@ -282,6 +282,7 @@ def _how_to_make(kinds: tuple[str, ...]) -> str:
     commands = {
         "checkpoint": "fqdiff train, or fqdiff import pretrained:mnist-small",
         "fisher": "fqdiff fisher",
+        "validation": "fqdiff fisher validate",
         "plan": "fqdiff plan",
         "quantized": "fqdiff quantize",
         "samples": "fqdiff sample",
