@@ -233,12 +233,12 @@ def gather(checkpoint: Checkpoint, config: FisherConfig, context: Context) -> Fi
     network = build(checkpoint.spec.architecture, "meta")
     numel = {name: p.numel() for name, p in network.named_parameters()}
     blocks = parameter_blocks(network)
-    join = gather_runs if config.kind == "trajectory" else gather_timesteps
-    return join(checkpoint.spec, config, context, cut, parts, blocks, numel)
+    if config.kind == "trajectory":
+        return gather_runs(checkpoint.spec, config, parts, blocks, numel)
+    return gather_timesteps(config, context, cut, parts, blocks, numel)
 
 
 def gather_timesteps(
-    spec: ModelSpec,
     config: FisherConfig,
     context: Context,
     cut: Sequence[Unit],
@@ -252,7 +252,8 @@ def gather_timesteps(
         joined = [torch.cat([p.tensors[f"{what}/{name}/{key}"] for p in parts]) for key in ROW_KEYS]
         return FisherEntry(block, count, *joined)
 
-    elements = mapping_of_counts(parts[0].data["elements"])
+    elements = parts[0].data["elements"]
+    assert isinstance(elements, dict)
     first = {name.rpartition(".")[0]: block for name, block in blocks.items()}  # block of each layer
     timesteps = torch.tensor([t for unit in cut for t in unit.members])
     weights = [
@@ -270,12 +271,6 @@ def gather_timesteps(
     )
 
 
-def mapping_of_counts(value: object) -> dict[str, int]:
-    """Layer name to number of output elements, as a part keeps them."""
-    assert isinstance(value, dict)
-    return {str(name): int(count) for name, count in value.items()}
-
-
 def _read_weights(context: Context, unit: str, numel: Mapping[str, int]) -> dict[str, Tensor]:
     part = context.parts.load(unit)
     assert part is not None
@@ -285,8 +280,6 @@ def _read_weights(context: Context, unit: str, numel: Mapping[str, int]) -> dict
 def gather_runs(
     spec: ModelSpec,
     config: FisherConfig,
-    context: Context,
-    cut: Sequence[Unit],
     parts: Sequence[Part],
     blocks: Mapping[str, str],
     numel: Mapping[str, int],
