@@ -184,8 +184,8 @@ class ValidateConfig:
     clipped: tuple[str, ...] = ("int4",)
     granularity: str = "channel"
     timesteps: int = 20
-    samples: int = 6
-    images: int = 12
+    samples: int = 5
+    images: int = 8
     steps: int = 25
     plans: int = 32
     resamples: int = 1000
