@@ -7,7 +7,7 @@ from fqdiff.configs import ClassifierConfig, FidConfig, FisherConfig, PlanConfig
 from fqdiff.pipeline import Step
 
 PLANS: Mapping[str, PlanConfig] = {
-    "float16 by groups 12/345/6": PlanConfig("groups", groups="12/345/6"),
+    "bfloat16 by groups 12/345/6": PlanConfig("groups", groups="12/345/6", low="bfloat16"),
     "int8": PlanConfig("uniform", low="int8"),
     "int4": PlanConfig("uniform", low="int4"),
     "int4, top Fisher half int8": PlanConfig("ratio", ratio=0.5, at="mean", low="int4", high="int8"),

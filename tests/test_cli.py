@@ -292,7 +292,7 @@ def test_the_whole_chain_runs_ends_in_a_table_and_continues(tmp_path: Path) -> N
     models = data["models"]
     assert isinstance(models, list)
     assert [m["model"] for m in models] == [
-        "FP32", "float16 by groups 12/345/6", "int8", "int4", "int4, top Fisher half int8", "FP32, other noise",
+        "FP32", "bfloat16 by groups 12/345/6", "int8", "int4", "int4, top Fisher half int8", "FP32, other noise",
     ]  # fmt: skip
     for m in models:
         manifest = Store(store).resolve(m["id"])
