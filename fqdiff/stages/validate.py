@@ -105,7 +105,7 @@ class Bench:
                 f"images of shape {tuple(dataset.images.shape[1:])} for a network of {self.spec.image_shape}",
                 "take the data set that the model was trained on",
             )
-        self.network = checkpoint.network().to(self.device)
+        self.network = checkpoint.network().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         axes, blocks = output_axes(self.network), parameter_blocks(self.network)
         self.candidates = make_candidates(checkpoint.tensors, blocks, config.formats, config.clipped)
         self.count = len(self.candidates)
