@@ -42,6 +42,12 @@ def test_the_formats_example_runs_and_fewer_bits_mean_more_error(store: str) -> 
     assert errors["float16"] < errors["int8"] < errors["int4"]
 
 
+def test_real_images_are_as_far_from_each_other_as_the_example_says(store: str) -> None:
+    """Rejects sets that overlap: the distance of a set from itself is 0, and falls with the number that they share."""
+    few, many = (load(ROOT / "examples" / "real_vs_real.py").main(store, "mnist5k", 8, n, 2) for n in (100, 500))
+    assert 0 < max(many) < min(few)
+
+
 def test_the_fisher_example_names_tensors(store: str) -> None:
     names = load(ROOT / "examples" / "query_fisher.py").main(store)
     assert len(set(names)) == 5
