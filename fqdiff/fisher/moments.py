@@ -43,7 +43,8 @@ def squares(pieces: Pieces, groups: int, batch: int) -> Squares:
     begin = 0
     for piece in pieces:
         piece = piece.float()
-        norms.append(torch.linalg.vector_norm(piece, dim=tuple(range(1, piece.ndim))))
+        # One more axis: a parameter may be a single number, and no axes at all would mean all of them.
+        norms.append(torch.linalg.vector_norm(piece[..., None], dim=tuple(range(1, piece.ndim + 1))))
         if len(piece) == batch:
             elements = list(piece.square().unflatten(0, (groups, -1)).sum(dim=1))
             break
@@ -82,7 +83,9 @@ def rows(found: Squares, scale: Tensor, axis: int, pairs: bool) -> Rows:
 
 def channel_means(values: Tensor, axis: int) -> Tensor:
     """[G, *shape] -> [G, O]: mean over all but the first axis and ``axis`` of shape (-1: the last)."""
-    return values if values.ndim == 2 else values.movedim(axis if axis < 0 else axis + 1, 1).flatten(2).mean(dim=2)
+    if values.ndim <= 2:
+        return values.reshape(len(values), -1)
+    return values.movedim(axis if axis < 0 else axis + 1, 1).flatten(2).mean(dim=2)
 
 
 def robust_weights(norms: Tensor) -> Tensor:
