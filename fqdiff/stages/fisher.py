@@ -86,7 +86,9 @@ def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed:
     cut = units(checkpoint.spec, config)
     measure_units(checkpoint, dataset, config, seed, context, cut[distributed.rank() :: distributed.world_size()])
     distributed.barrier()
-    return gather(checkpoint, config, context)
+    table = gather(checkpoint, config, context)
+    distributed.barrier()  # the first process removes the parts once it has the table; all must have read them
+    return table
 
 
 def fisher_shard(
