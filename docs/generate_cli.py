@@ -10,6 +10,7 @@ COMMANDS = [
     ["train"],
     ["fisher"],
     ["fisher", "top"],
+    ["fisher", "merge"],
     ["plan"],
     ["quantize"],
     ["sample"],

@@ -27,7 +27,8 @@ from fqdiff.store.store import Store
 from tests.test_evidence import StandIn
 
 COMMANDS = [
-    ["train"], ["fisher"], ["fisher", "top"], ["plan"], ["quantize"], ["sample"], ["fid"], ["plot", "fisher"], ["run"],
+    ["train"], ["fisher"], ["fisher", "top"], ["fisher", "merge"], ["plan"], ["quantize"], ["sample"], ["fid"],
+    ["plot", "fisher"], ["run"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]  # fmt: skip
 
