@@ -53,7 +53,7 @@ def per_sample_backward(
     if missing:
         raise NumericalError(
             f"no gradient reached '{missing[0]}'" + (f" and {len(missing) - 1} others" if len(missing) > 1 else ""),
-            "the network must use every parameter, each inside the module that holds it",
+            "the network must use every parameter inside the module that holds it, and change no layer's output in place",
         )
     return result.detach()
 

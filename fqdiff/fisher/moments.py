@@ -76,7 +76,7 @@ def rows(found: Squares, scale: Tensor, axis: int, pairs: bool) -> Rows:
     if pairs:
         each = each.view(len(scale), -1, 2).mean(dim=2)
     error = each.std(dim=1) / each.shape[1] ** 0.5
-    maximum = elements.flatten(1).amax(dim=1)
+    maximum = elements.reshape(len(scale), -1).amax(dim=1)
     channel = channel_means(elements, axis)
     return Rows(each.mean(dim=1) * squared, error * squared, maximum * squared, channel * squared[:, None])
 

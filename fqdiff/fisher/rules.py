@@ -101,9 +101,10 @@ def group_norm(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) 
     """Per-channel scale and shift after normalising each group: [B, C, ...]."""
     assert isinstance(module, nn.GroupNorm)
     normal = F.group_norm(inputs[0], module.num_groups, eps=module.eps)
+    shape = (*gradient.shape[:2], -1)  # [B, C] has no further axes
     return {
-        "weight": iter([(gradient * normal).flatten(2).sum(dim=2)]),
-        "bias": iter([gradient.flatten(2).sum(dim=2)]),
+        "weight": iter([(gradient * normal).reshape(shape).sum(dim=2)]),
+        "bias": iter([gradient.reshape(shape).sum(dim=2)]),
     }
 
 
