@@ -901,7 +901,7 @@ def test_a_table_written_by_other_means_still_loads(store: Store) -> None:
 
 def test_a_table_without_channels_loads(store: Store) -> None:
     empty = with_column(good_table(), "channel", [[]] * good_table().num_rows)
-    value = load(store, "fisher", "fisher.parquet", parquet(empty))
+    value = Runner(store).load(rewrite(store, artifact(store, "fisher"), "fisher.parquet", parquet(empty)))
     assert {e.channel.shape[1] for e in value.entries.values()} == {0}
 
 
