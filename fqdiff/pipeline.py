@@ -152,7 +152,7 @@ class Runner:
             manifest = self._make_alone(step, recipe, sources)
             distributed.barrier()
             return manifest
-        if STAGES[step.stage].parallel:
+        if not distributed.agree(False) and STAGES[step.stage].parallel:
             self._compute(step, recipe, sources)
         distributed.barrier()
         return self._committed(recipe)
@@ -179,11 +179,13 @@ class Runner:
             raise disk_error(error, f"cannot use the store {self.store.root}") from error
         try:
             found = None if self.force else self.store.find(recipe.kind, recipe.id)
+            if self.force:
+                shutil.rmtree(self.store.parts_folder(recipe.kind, recipe.id), ignore_errors=True)
+            # The others wait here: what they keep as parts must neither be removed nor be in vain.
+            distributed.agree(found is not None)
             if found is not None:
                 self.say(f"{step.stage}: found {recipe.kind} {recipe.id}")
                 return found
-            if self.force:
-                shutil.rmtree(self.store.parts_folder(recipe.kind, recipe.id), ignore_errors=True)
             begun = self.store.parts_folder(recipe.kind, recipe.id).exists()
             self.say(f"{step.stage}: {'continuing' if begun else 'making'} {recipe.kind} {recipe.id}")
             started = time.monotonic()

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from fqdiff.errors import ArtifactCorrupt, FqdiffError
 from fqdiff.pipeline import Runner
-from fqdiff.store.codecs import CODECS, FISHER_SCHEMA
+from fqdiff.store.codecs import CODECS
+from fqdiff.store.fisher_files import FISHER_SCHEMA
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.parquet import unpacked_size
 from fqdiff.store.parts import StoredParts, last_unfinished
@@ -873,7 +874,6 @@ PARQUET_ATTACKS: dict[str, Callable[[pa.Table], pa.Table]] = {
     "an empty name": lambda t: with_column(t, "tensor", [None, *t["tensor"].to_pylist()[1:]]),
     "an empty list": lambda t: with_column(t, "channel", [None, *t["channel"].to_pylist()[1:]]),
     "an empty cell in a list": lambda t: with_column(t, "channel", [[None] * len(c) for c in t["channel"].to_pylist()]),
-    "lists of no length": lambda t: with_column(t, "channel", [[]] * t.num_rows),
     "lists of other lengths": lambda t: with_column(t, "channel", [[1.0], *t["channel"].to_pylist()[1:]]),
     "NaN": lambda t: with_column(t, "mean", [float("nan")] * t.num_rows),
     "a negative Fisher value": lambda t: with_column(t, "max", [-1.0] * t.num_rows),
@@ -897,6 +897,12 @@ PARQUET_ATTACKS: dict[str, Callable[[pa.Table], pa.Table]] = {
 
 def test_a_table_written_by_other_means_still_loads(store: Store) -> None:
     load(store, "fisher", "fisher.parquet", parquet(good_table(), compression="none"))
+
+
+def test_a_table_without_channels_loads(store: Store) -> None:
+    empty = with_column(good_table(), "channel", [[]] * good_table().num_rows)
+    value = Runner(store).load(rewrite(store, artifact(store, "fisher"), "fisher.parquet", parquet(empty)))
+    assert {e.channel.shape[1] for e in value.entries.values()} == {0}
 
 
 @pytest.mark.parametrize("attack", PARQUET_ATTACKS)

@@ -4,7 +4,7 @@ Parameters are frozen meanwhile, so that autograd keeps only what the gradients 
 gradients are made when its turn comes, a few samples at a time, and gone before the next: never B copies of all parameters.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -53,7 +53,7 @@ def per_sample_backward(
     if missing:
         raise NumericalError(
             f"no gradient reached '{missing[0]}'" + (f" and {len(missing) - 1} others" if len(missing) > 1 else ""),
-            "the network must use every parameter, each inside the module that holds it",
+            "the network must use every parameter inside the module that holds it, and change no layer's output in place",
         )
     return result.detach()
 
@@ -90,11 +90,9 @@ class _Collector:
         def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> object:
             if self.busy:
                 return None
-            first = output[0] if isinstance(output, tuple) else output
-            assert isinstance(first, Tensor)
+            inputs, first, others = _taken_apart(name, module, args, kwargs, output)
             if not first.requires_grad:  # nothing before it does: the first convolution, a time embedding
-                first = first.detach().requires_grad_(True)
-            inputs = tuple(v.detach() for v in args if isinstance(v, Tensor))
+                first = first.detach().requires_grad_(True).clone()  # no leaf, so that it may be changed in place
             versions = tuple(v._version for v in inputs)
             self.calls[name] = self.calls.get(name, 0) + 1
 
@@ -103,25 +101,30 @@ class _Collector:
                     raise ConfigError(f"the input of layer '{name}' was changed in place", "use a copy in the network")
                 self.busy = True
                 with torch.no_grad():
-                    self._collect(name, module, inputs, gradient.detach())
+                    self._collect(name, module, inputs, gradient.detach(), kwargs)
                 self.busy = False
 
             first.register_hook(backward)
-            return (first, *output[1:]) if isinstance(output, tuple) else first
+            return (first, *others) if isinstance(output, tuple) else first
 
         return hook
 
-    def _collect(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> None:
+    def _collect(
+        self,
+        name: str,
+        module: nn.Module,
+        inputs: tuple[Tensor, ...],
+        gradient: Tensor,
+        options: Mapping[str, object],
+    ) -> None:
         for what in (*inputs, gradient):
             if len(what) != self.batch:
                 raise ConfigError(
                     f"layer '{name}' works on a first axis of {len(what)}, not on the batch of {self.batch}",
                     "per-sample gradients need the batch as the first axis of every layer",
                 )
-        # Under autocast a layer gets float32 and gives half precision: the products are made in float32 all the same.
-        gradient, inputs = _full(gradient), tuple(_full(v) for v in inputs)
         self.on_output(name, gradient)
-        self.waiting.setdefault(name, []).append(per_sample(module, inputs, gradient))
+        self.waiting.setdefault(name, []).append(per_sample(module, inputs, gradient, options))
         self.calls[name] -= 1
         if self.calls[name]:
             return
@@ -132,8 +135,33 @@ class _Collector:
             self.on_parameter(full, _summed([gradients[parameter] for gradients in found]))
 
 
-def _full(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+def _taken_apart(
+    name: str, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], output: object
+) -> tuple[tuple[Tensor, ...], Tensor, tuple[object, ...]]:
+    """Inputs, first output and other outputs of one call. Raises ConfigError where its samples could not be told apart.
+
+    A gradient for another output would be one that nobody counts; it raises the same, on the way back.
+    """
+    outputs = output if isinstance(output, tuple) else (output,)
+    inputs = tuple(v.detach() for v in args if isinstance(v, Tensor))
+    first = outputs[0]
+    plain = len(inputs) == len(args) and not any(isinstance(v, Tensor) for v in kwargs.values())
+    if not plain or not isinstance(first, Tensor) or getattr(module, "batch_first", True) is False:
+        raise ConfigError(
+            f"the call of layer '{name}' cannot be taken apart into samples",
+            "pass tensors by position, all else by name, the batch as the first axis, and return a tensor",
+        )
+
+    def refuse(gradient: Tensor) -> None:
+        raise ConfigError(f"the network uses more than the first output of layer '{name}'", "return a single tensor")
+
+    def watched(value: object) -> object:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value if value.requires_grad else value.detach().requires_grad_(True)
+            value.register_hook(refuse)
+        return value
+
+    return inputs, first, tuple(watched(v) for v in outputs[1:])
 
 
 def _summed(calls: list[Pieces]) -> Pieces:

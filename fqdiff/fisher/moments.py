@@ -44,7 +44,8 @@ def squares(pieces: Pieces, groups: int, batch: int) -> Squares:
     begin = 0
     for piece in pieces:
         piece = piece.float()
-        norms.append(torch.linalg.vector_norm(piece, dim=tuple(range(1, piece.ndim))))
+        # One more axis: a parameter may be a single number, and no axes at all would mean all of them.
+        norms.append(torch.linalg.vector_norm(piece[..., None], dim=tuple(range(1, piece.ndim + 1))))
         if len(piece) == batch:
             found = piece.square().unflatten(0, (groups, -1)).sum(dim=1)
             return Squares(found.cpu(), norms[0].cpu().double().square())
@@ -76,16 +77,18 @@ def rows(found: Squares, scale: Tensor, axis: int, pairs: bool) -> Rows:
     if pairs:
         each = each.view(len(scale), -1, 2).mean(dim=2)
     error = each.std(dim=1) / each.shape[1] ** 0.5
-    maximum = found.elements.amax(dim=tuple(range(1, found.elements.ndim))).double() / count
+    # One more axis here, too.
+    maximum = found.elements[..., None].amax(dim=tuple(range(1, found.elements.ndim + 1))).double() / count
     channel = channel_means(found.elements, axis).double() / count
     return Rows(each.mean(dim=1) * squared, error * squared, maximum * squared, channel * squared[:, None])
 
 
 def channel_means(values: Tensor, axis: int) -> Tensor:
     """[G, *shape] -> [G, O]: mean over all but the first axis and ``axis`` of shape (-1: the last)."""
+    if values.ndim <= 2:
+        return values.reshape(len(values), -1)
     keep = values.ndim - 1 if axis < 0 else axis + 1
-    others = [k for k in range(1, values.ndim) if k != keep]
-    return values.mean(dim=others) if others else values
+    return values.mean(dim=[k for k in range(1, values.ndim) if k != keep])
 
 
 def robust_weights(norms: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Shapes: B samples, b samples of one piece, C in-channels, O out-channels.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,17 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def per_sample(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
-    """Gradients of ``module``'s own parameters for an output gradient whose first axis is B."""
-    rule = next((rule for kinds, rule in RULES if isinstance(module, kinds)), by_vmap)
-    gradients = rule(module, inputs, gradient)
+def per_sample(
+    module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor, options: Mapping[str, object]
+) -> Gradients:
+    """Gradients of ``module``'s own parameters for an output gradient whose first axis is B.
+
+    ``inputs`` are what its forward got by position, ``options`` by name.
+    """
+    dtype = next(module.parameters()).dtype  # under autocast, inputs and gradients come in several
+    inputs = tuple(v.to(dtype) if v.is_floating_point() else v for v in inputs)
+    rule = next((rule for kinds, rule in RULES if isinstance(module, kinds)), partial(by_vmap, options=options))
+    gradients = rule(module, inputs, gradient.to(dtype))
     own = {name for name, _ in module.named_parameters()}
     return {name: pieces for name, pieces in gradients.items() if name in own}  # a layer may have no bias
 
@@ -118,9 +126,10 @@ def group_norm(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) 
     """Per-channel scale and shift after normalising each group: [B, C, ...]."""
     assert isinstance(module, nn.GroupNorm)
     normal = F.group_norm(inputs[0], module.num_groups, eps=module.eps)
+    shape = (*gradient.shape[:2], -1)  # [B, C] has no further axes
     return {
-        "weight": iter([(gradient * normal).flatten(2).sum(dim=2)]),
-        "bias": iter([gradient.flatten(2).sum(dim=2)]),
+        "weight": iter([(gradient * normal).reshape(shape).sum(dim=2)]),
+        "bias": iter([gradient.reshape(shape).sum(dim=2)]),
     }
 
 
@@ -147,14 +156,16 @@ def embedding(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -
     return {"weight": (g.new_zeros(len(g[cut]), *shape).scatter_add_(1, index[cut], g[cut]) for cut in cuts)}
 
 
-def by_vmap(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
+def by_vmap(
+    module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor, options: Mapping[str, object]
+) -> Gradients:
     """Any other module: its forward is repeated for each sample under vmap, and differentiated. Correct, not quick."""
     whole = isinstance(module, nn.MultiheadAttention)  # it reads its children's parameters itself
     parameters = {name: p.detach() for name, p in module.named_parameters(recurse=whole)}
 
     def one(single: tuple[Tensor, ...], g: Tensor) -> dict[str, Tensor]:
         def forward(weights: dict[str, Tensor]) -> Tensor:
-            output = functional_call(module, weights, tuple(v[None] for v in single))
+            output = functional_call(module, weights, tuple(v[None] for v in single), dict(options))
             first: Tensor = output[0] if isinstance(output, tuple) else output
             return first
 

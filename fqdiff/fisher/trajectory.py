@@ -98,7 +98,7 @@ def measure_runs(
             square = gradient.cpu().double().square()
             squares[name] = squares[name] + square if name in squares else square
     for square in squares.values():
-        result.norms.add_(square.flatten(1).sum(dim=1))
+        result.norms.add_(square.reshape(len(square), -1).sum(dim=1))
     for name, square in squares.items():
         result.total[name] = channel_means(square, axes[name])
         result.elements[name] = torch.einsum("r,r...->...", 1 / result.norms, square)
@@ -112,4 +112,4 @@ def _keep_step(result: Runs, name: str, gradient: Tensor, index: int, steps: int
         result.step[name] = torch.zeros(len(square), steps, channel.shape[1], dtype=torch.float64)
         result.largest[name] = torch.zeros(len(square), steps, dtype=torch.float64)
     result.step[name][:, index] = channel
-    result.largest[name][:, index] = square.flatten(1).amax(dim=1)
+    result.largest[name][:, index] = square.reshape(len(square), -1).amax(dim=1)

@@ -86,7 +86,9 @@ def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed:
     cut = units(checkpoint.spec, config)
     measure_units(checkpoint, dataset, config, seed, context, cut[distributed.rank() :: distributed.world_size()])
     distributed.barrier()
-    return gather(checkpoint, config, context)
+    table = gather(checkpoint, config, context)
+    distributed.barrier()  # the first process removes the parts once it has the table; all must have read them
+    return table
 
 
 def fisher_shard(
@@ -199,9 +201,9 @@ def runs_of(job: Job, unit: Unit, pool: Workers, bar: Bar) -> Part:
         for key in ("total", "step", "largest"):
             tensors[f"{key}/{name}"] = torch.cat([getattr(runs, key)[name] for runs in found])
         tensors[f"elements/{name}"] = torch.stack([runs.elements[name] for runs in found]).sum(dim=0).float()
-    _check_finite(tensors)
-    if not (tensors["norms"] > 0).all():
+    if (tensors["norms"] == 0).any():
         raise NumericalError("a sampler run has no gradient at all", "is the checkpoint trained?")
+    _check_finite(tensors)
     return Part(tensors, {"members": list(unit.members)})
 
 

@@ -171,7 +171,7 @@ def load_fisher(directory: Path) -> FisherTable:
             if len(first) != 1 or len(last) != 1 or not 0 <= first[0] <= last[0]:
                 raise ValueError("its timesteps make no sense")
             weights.append(WeightBin(first[0], last[0], partial(_read_weights, path, entries)))
-    return FisherTable(kind, timesteps, samples, entries, activations, trajectory, weights)
+    return FisherTable(kind, timesteps, samples, entries, activations, trajectory, tuple(weights))
 
 
 def _there(path: Path) -> bool:
