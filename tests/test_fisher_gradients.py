@@ -191,8 +191,9 @@ def test_norms_without_parameters_are_passed() -> None:
     groups=st.sampled_from([1, 2, 4]),
     size=st.tuples(*[st.integers(1, 7)] * 2),
     mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    cached=st.booleans(),
 )
-def test_any_convolution_agrees(
+def test_any_convolution_agrees_whether_its_windows_fit_the_cache_or_not(
     transposed: bool,
     kernel: tuple[int, int],
     stride: tuple[int, int],
@@ -201,6 +202,7 @@ def test_any_convolution_agrees(
     groups: int,
     size: tuple[int, int],
     mode: str,
+    cached: bool,
 ) -> None:
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     chosen = "zeros" if transposed else mode
@@ -212,7 +214,9 @@ def test_any_convolution_agrees(
         layer(x)
     except RuntimeError:  # no output at all, or less image than padding
         assume(False)
-    agree(Within(layer), x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "WINDOW_BYTES", 2**20 if cached else 0)
+        agree(Within(layer), x)
 
 
 class Twice(nn.Module):
@@ -263,7 +267,7 @@ def test_gradients_come_in_pieces_that_add_up(monkeypatch: pytest.MonkeyPatch, p
     assert counts["layer.weight"] == {1: 6, 4 * 24 * 2: 3, 2**20: 1}[piece_bytes]
     for name, gradients in one_at_a_time(network, (x,), torch.ones(6, 5, 6, dtype=torch.float64)).items():
         torch.testing.assert_close(
-            found[name].elements, gradients.square().unflatten(0, (2, 3)).sum(dim=1), rtol=1e-5, atol=0
+            found[name].elements.double(), gradients.square().unflatten(0, (2, 3)).sum(dim=1), rtol=1e-5, atol=0
         )
         norms = gradients.square().reshape(6, -1).sum(dim=1)
         torch.testing.assert_close(found[name].samples, norms, rtol=1e-5, atol=0)
