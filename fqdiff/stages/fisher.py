@@ -74,8 +74,9 @@ class Job:
 
     @cached_property
     def batch(self) -> int:
-        """Samples of one backward pass."""
-        return batch_that_fits(self.checkpoint, self.context, BATCH)
+        """Samples of one backward pass, or sampler runs."""
+        most = RUNS_TOGETHER if self.config.kind == "trajectory" else BATCH
+        return batch_that_fits(self.checkpoint, self.context, self.config, most)
 
 
 def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed: int, context: Context) -> FisherTable:
@@ -191,7 +192,7 @@ def runs_of(job: Job, unit: Unit, pool: Workers, bar: Bar) -> Part:
         axes = dict(job.layout.parameters)
         return measure_runs(network, job.checkpoint.spec, numbers, config.steps, config.window, axes, job.seed)
 
-    todo = [unit.members[k : k + RUNS_TOGETHER] for k in range(0, len(unit.members), RUNS_TOGETHER)]
+    todo = [unit.members[k : k + job.batch] for k in range(0, len(unit.members), job.batch)]
     found: list[Runs] = []
     for numbers, runs in zip(todo, pool.map(work, todo), strict=True):
         found.append(runs)
