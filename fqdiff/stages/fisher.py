@@ -237,7 +237,12 @@ def gather(checkpoint: Checkpoint, config: FisherConfig, context: Context) -> Fi
     numel = {name: p.numel() for name, p in network.named_parameters()}
     blocks = parameter_blocks(network)
     join = gather_runs if config.kind == "trajectory" else gather_timesteps
-    return join(checkpoint.spec, config, context, cut, parts, blocks, numel)
+    try:
+        return join(checkpoint.spec, config, context, cut, parts, blocks, numel)
+    except (KeyError, TypeError, ValueError) as error:  # parts may come from other machines
+        raise ArtifactCorrupt(
+            f"the units of the Fisher table do not fit together: {error!r}", "start over with --force"
+        ) from None
 
 
 def gather_timesteps(
@@ -275,7 +280,8 @@ def gather_timesteps(
 
 def mapping_of_counts(value: object) -> dict[str, int]:
     """Layer name to number of output elements, as a part keeps them."""
-    assert isinstance(value, dict)
+    if not isinstance(value, dict):
+        raise TypeError("no counts of elements")
     return {str(name): int(count) for name, count in value.items()}
 
 
