@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.fisher import show_fisher
-from fqdiff.cli.session import NOTHING_RANDOM, Session, common
+from fqdiff.cli.session import Session, common
 from fqdiff.configs import FisherConfig, config_from_data
 from fqdiff.errors import ArtifactNotFound, LineageError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fqdiff.values import ModelSpec
 
 
-@common(*NOTHING_RANDOM)
+@common("store", "name", "json", "quiet", "verbose", "dry_run", "debug")  # --force would measure all again
 def merge(
     session: Session,
     ref: Annotated[
@@ -29,7 +29,7 @@ def merge(
 ) -> None:
     """Join shards to the Fisher table that one run would have made; nothing is measured."""
     from fqdiff.stages.fisher import missing_units
-    from fqdiff.store.parts import adopt_parts, last_unfinished, unfinished
+    from fqdiff.store.parts import StoredParts, adopt_parts, last_unfinished, unfinished
     from fqdiff.store.store import Store
 
     stores = [session.store, *(Store(path) for path in other or [])]
@@ -45,9 +45,14 @@ def merge(
     if len(ids) > 1 and (ref is not None or latest is None):
         raise LineageError(f"shards of {len(ids)} tables: {', '.join(sorted(ids))}", "name the one to merge")
     step = recorded_step(session, recipe)
+    if session.store.find(recipe.kind, recipe.id) is not None:  # another store's shards are of no use any more
+        show_fisher(session, session.make(step))
+        return
     taken = [] if session.dry_run else [adopt_parts(store, session.store, recipe) for store in stores[1:]]
     spec: ModelSpec = session.runner.load(step.inputs["checkpoint"]).spec  # type: ignore[arg-type]
-    missing = missing_units(spec, step.config, session.runner.parts(recipe))
+    everywhere = [StoredParts(store.parts_folder(recipe.kind, recipe.id), recipe) for store in stores]
+    missing = missing_units(spec, step.config, everywhere[0])
+    missing = [name for name in missing if all(parts.load(name) is None for parts in everywhere[1:])]  # a dry run
     if missing and not session.dry_run:
         raise ArtifactNotFound(
             f"{len(missing)} units of fisher {recipe.id} are missing, the first {missing[0]}",

@@ -3,25 +3,25 @@
 import torch
 from torch import Tensor, nn
 
+from fqdiff.configs import FisherConfig
 from fqdiff.context import Context, peak_memory
 from fqdiff.errors import ConfigError
-from fqdiff.fisher.backward import per_sample_backward
+from fqdiff.fisher.backward import layers, per_sample_backward
 from fqdiff.fisher.rules import PIECE_BYTES
 from fqdiff.values import Checkpoint
 
 HEADROOM = 1.5  # of allocators, and of the gradients that are alive while autograd walks back
 
 
-def batch_that_fits(checkpoint: Checkpoint, context: Context, batch: int) -> int:
-    """``batch``, or as many samples as keep every worker together below ``context.max_memory``.
+def batch_that_fits(checkpoint: Checkpoint, context: Context, config: FisherConfig, batch: int) -> int:
+    """``batch`` samples or sampler runs, or as many as keep all workers together below ``context.max_memory``.
 
-    Raises ConfigError where not even one sample does.
+    Raises ConfigError where not even one does.
     """
     if not context.max_memory:
         return batch
-    network = checkpoint.network()
     count = torch.get_num_threads() if context.device.type == "cpu" else 1
-    each, fixed = sample_bytes(network, checkpoint.spec.image_shape), gradient_bytes(network)
+    each, fixed = needed_bytes(checkpoint.network(), checkpoint.spec.image_shape, config)
     free = context.max_memory - peak_memory()
     fits = int((free / count - fixed) // each)
     if fits < 1:
@@ -33,29 +33,41 @@ def batch_that_fits(checkpoint: Checkpoint, context: Context, batch: int) -> int
     return min(batch, fits)
 
 
-def gradient_bytes(network: nn.Module) -> int:
-    """One sample's gradient of the largest layer, with its squares: float32 once and float64 twice."""
+def needed_bytes(network: nn.Module, image_shape: tuple[int, int, int], config: FisherConfig) -> tuple[int, int]:
+    """What one worker takes for each sample (or sampler run), and once."""
+    each = sample_bytes(network, image_shape)
     largest = max(p.numel() for p in network.parameters())
-    return max(PIECE_BYTES, 20 * largest)
+    parameters = sum(p.numel() for p in network.parameters())
+    # Diagonals of all weights, float64: the one being made, two that wait to be added, and their sum.
+    diagonals = 4 * 8 * parameters
+    if config.kind == "trajectory":  # a run keeps its gradients in float32 and their squares in float64
+        return each + 12 * parameters, diagonals
+    squares = 24 * largest  # of one timestep in the layer at work: float32 twice, and float64 twice
+    fixed = max(PIECE_BYTES, squares) + (diagonals if config.granularity == "weight" else 0)
+    return each + squares // config.samples, fixed
 
 
 def sample_bytes(network: nn.Module, image_shape: tuple[int, int, int]) -> int:
     """What one sample adds to the memory of a per-sample backward pass: tensors that autograd and the layers keep."""
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}  # held, so that no address is used twice
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = tensor.detach()
         return tensor
 
+    def keep_inputs(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for tensor in inputs:
+            keep(tensor)
+
     x, t = torch.zeros(1, *image_shape), torch.zeros(1, dtype=torch.long)
-    handles = [m.register_forward_hook(lambda _, args, output: (keep(args[0]), None)[1]) for m in network.modules()]
+    handles = [layer.register_forward_pre_hook(keep_inputs) for layer in layers(network).values()]
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             per_sample_backward(network, lambda: network(x, t), torch.ones_like, lambda name, pieces: None)
     finally:
         for handle in handles:
             handle.remove()
-    return int(HEADROOM * sum(kept.values()))
+    return int(HEADROOM * sum(v.untyped_storage().nbytes() for v in kept.values()))

@@ -74,8 +74,9 @@ class Job:
 
     @cached_property
     def batch(self) -> int:
-        """Samples of one backward pass."""
-        return batch_that_fits(self.checkpoint, self.context, BATCH)
+        """Samples of one backward pass, or sampler runs."""
+        most = RUNS_TOGETHER if self.config.kind == "trajectory" else BATCH
+        return batch_that_fits(self.checkpoint, self.context, self.config, most)
 
 
 def fisher(checkpoint: Checkpoint, dataset: Dataset, config: FisherConfig, seed: int, context: Context) -> FisherTable:
@@ -191,7 +192,7 @@ def runs_of(job: Job, unit: Unit, pool: Workers, bar: Bar) -> Part:
         axes = dict(job.layout.parameters)
         return measure_runs(network, job.checkpoint.spec, numbers, config.steps, config.window, axes, job.seed)
 
-    todo = [unit.members[k : k + RUNS_TOGETHER] for k in range(0, len(unit.members), RUNS_TOGETHER)]
+    todo = [unit.members[k : k + job.batch] for k in range(0, len(unit.members), job.batch)]
     found: list[Runs] = []
     for numbers, runs in zip(todo, pool.map(work, todo), strict=True):
         found.append(runs)
@@ -235,9 +236,14 @@ def gather(checkpoint: Checkpoint, config: FisherConfig, context: Context) -> Fi
     network = build(checkpoint.spec.architecture, "meta")
     numel = {name: p.numel() for name, p in network.named_parameters()}
     blocks = parameter_blocks(network)
-    if config.kind == "trajectory":
-        return gather_runs(checkpoint.spec, config, parts, blocks, numel)
-    return gather_timesteps(config, context, cut, parts, blocks, numel)
+    try:
+        if config.kind == "trajectory":
+            return gather_runs(checkpoint.spec, config, parts, blocks, numel)
+        return gather_timesteps(config, context, cut, parts, blocks, numel)
+    except (KeyError, TypeError, ValueError) as error:  # parts may come from other machines
+        raise ArtifactCorrupt(
+            f"the units of the Fisher table do not fit together: {error!r}", "start over with --force"
+        ) from None
 
 
 def gather_timesteps(
@@ -254,8 +260,7 @@ def gather_timesteps(
         joined = [torch.cat([p.tensors[f"{what}/{name}/{key}"] for p in parts]) for key in ROW_KEYS]
         return FisherEntry(block, count, *joined)
 
-    elements = parts[0].data["elements"]
-    assert isinstance(elements, dict)
+    elements = counts(parts[0].data["elements"])
     first = {name.rpartition(".")[0]: block for name, block in blocks.items()}  # block of each layer
     timesteps = torch.tensor([t for unit in cut for t in unit.members])
     weights = [
@@ -271,6 +276,13 @@ def gather_timesteps(
         {name: entry("output", name, first[name], count) for name, count in elements.items()},
         weights=weights,
     )
+
+
+def counts(value: object) -> dict[str, int]:
+    """Layer name to number of output elements, as a part keeps them."""
+    if not isinstance(value, dict):
+        raise TypeError("no counts of elements")
+    return {str(name): int(count) for name, count in value.items()}
 
 
 def _read_weights(context: Context, unit: str, numel: Mapping[str, int]) -> dict[str, Tensor]:

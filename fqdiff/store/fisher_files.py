@@ -162,7 +162,7 @@ def load_fisher(directory: Path) -> FisherTable:
     path = directory / "trajectory.parquet"
     if _there(path):
         with readable(path, "a trajectory Fisher table"):
-            trajectory = _trajectory_entries(_read(path, TRAJECTORY_SCHEMA)[1], entries)
+            trajectory = _trajectory_entries(_read(path, TRAJECTORY_SCHEMA)[1], entries, samples)
     weights = []
     for path in sorted(directory.glob("weights-*.parquet")):
         with readable(path, "a table of single weights"):
@@ -246,8 +246,8 @@ def _check_values(values: list[Tensor], name: str) -> None:
         raise ValueError(f"a value of '{name}' is negative or not finite")
 
 
-def _trajectory_entries(table: pa.Table, entries: Mapping[str, FisherEntry]) -> dict[str, TrajectoryEntry]:
-    """One entry per parameter of ``entries``. Raises ValueError where the table is anything else."""
+def _trajectory_entries(table: pa.Table, entries: Mapping[str, FisherEntry], runs: int) -> dict[str, TrajectoryEntry]:
+    """One entry per parameter of ``entries``, each of ``runs`` runs. Raises ValueError where the table is anything else."""
     found: dict[str, TrajectoryEntry] = {}
     for i, name in enumerate(table["tensor"].to_pylist()):
         channel, samples = (_equal_lists(table[key].slice(i, 1), f"'{name}'")[0] for key in ("channel", "sample"))
@@ -256,9 +256,11 @@ def _trajectory_entries(table: pa.Table, entries: Mapping[str, FisherEntry]) -> 
         known = entries.get(name)
         if known is None or (known.block, known.numel) != (table["block"][i].as_py(), table["numel"][i].as_py()):
             raise ValueError(f"'{text(name)}' is not a parameter of fisher.parquet")
+        if not len(samples) == table["n_samples"][i].as_py() == runs:
+            raise ValueError(f"'{name}' has {len(samples)} runs, not {runs}")
         found[name] = TrajectoryEntry(known.block, known.numel, mean, error, largest, channel, samples)
-    if found.keys() != entries.keys():
-        raise ValueError("it lacks parameters of fisher.parquet")
+    if found.keys() != entries.keys() or len(found) < table.num_rows:
+        raise ValueError("its parameters are not those of fisher.parquet, once each")
     return found
 
 
@@ -274,6 +276,6 @@ def _read_weights(path: Path, entries: Mapping[str, FisherEntry]) -> dict[str, T
                 raise ValueError(f"'{text(name)}' has {len(values)} values of shape {shape}")
             _check_values([values], name)
             found[name] = values.view(shape)
-        if found.keys() != entries.keys():
-            raise ValueError("it lacks parameters of fisher.parquet")
+        if found.keys() != entries.keys() or len(found) < table.num_rows:
+            raise ValueError("its parameters are not those of fisher.parquet, once each")
         return found
