@@ -13,8 +13,10 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -26,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fqdiff.configs import FisherConfig, get_preset
 from fqdiff.context import Context
 from fqdiff.fisher.draws import Batch
-from fqdiff.fisher.timesteps import Layout, Task, measure
-from fqdiff.fisher.workers import workers
+from fqdiff.fisher.timesteps import BATCH, Layout, Task, measure
+from fqdiff.fisher.workers import Workers, workers
 from fqdiff.models.registry import build, output_axes, unet_architecture, unet_config
 from fqdiff.stages.fisher import fisher
 from fqdiff.store.pretrained import open_model
@@ -102,49 +104,49 @@ def by_vmap(net: nn.Module, chunk: int) -> Callable[[], None]:
     return run
 
 
-def ours(net: nn.Module, batch: int, *, outputs: bool, bfloat16: bool) -> Callable[[], None]:
-    """What ``fqdiff fisher`` runs: batches of ``batch`` side by side on all threads, every reduction included."""
+def ours(net: nn.Module, pool: Workers, *, outputs: bool, bfloat16: bool) -> Callable[[], None]:
+    """What ``fqdiff fisher`` runs: batches side by side on all threads, every reduction included."""
     x, t, target = images(SAMPLES)
     found_layers = {name for name, m in net.named_modules() if next(m.parameters(recurse=False), None) is not None}
     layout = Layout(output_axes(net), dict.fromkeys(found_layers, 0))
-    together = max(1, batch // 16)
-    todo = [
-        Task(tuple(t[k * 16 * together : (k + 1) * 16 * together : 16].tolist()), (range(16),))
-        for k in range(SAMPLES // (16 * together))
-    ]
+    together = BATCH // 16
+    todo = [Task(tuple(t[k * BATCH : (k + 1) * BATCH : 16].tolist()), (range(16),)) for k in range(SAMPLES // BATCH)]
 
     def draw(task: Task, samples: range) -> Batch:
-        size = len(task.timesteps) * len(samples)
-        return Batch(x[:size], t[:size], target[:size], torch.ones(size, dtype=torch.float64), torch.empty(0))
+        assert len(task.timesteps) * len(samples) == 16 * together
+        return Batch(x[:BATCH], t[:BATCH], target[:BATCH], torch.ones(BATCH, dtype=torch.float64), torch.empty(0))
 
     def work(replica: nn.Module, task: Task) -> None:
         measure(replica, task, draw, layout, true=False, pairs=False, outputs=outputs, weights=False, autocast=bfloat16)
 
-    def run() -> None:
-        with workers(network, torch.device("cpu")) as pool:
-            list(pool.map(work, todo))
+    return lambda: consume(pool.map(work, todo))
 
-    return run
+
+def consume(results: Iterator[object]) -> None:
+    """Wait for all of them."""
+    for _ in results:
+        pass
 
 
 def speed(rounds: int) -> None:
     """The table of times, the fastest of ``rounds`` rounds each."""
     net = network()
-    ways = {
-        "plain batched, batch 64": plain(net, 64),
-        "plain batched, batch 32": plain(net, 32),
-        "fqdiff, parameters": ours(net, 32, outputs=False, bfloat16=False),
-        "fqdiff, parameters and layer outputs": ours(net, 32, outputs=True, bfloat16=False),
-        "fqdiff, bfloat16": ours(net, 32, outputs=False, bfloat16=True),
-        "vmap(grad), chunks of 16": by_vmap(net, 16),
-        "one sample at a time": one_at_a_time(net),
-    }
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, run in ways.items():
-            started = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - started)
+    with workers(network, torch.device("cpu")) as pool:
+        ways = {
+            "plain batched, batch 64": plain(net, 64),
+            "plain batched, batch 32": plain(net, 32),
+            "fqdiff, parameters": ours(net, pool, outputs=False, bfloat16=False),
+            "fqdiff, parameters and layer outputs": ours(net, pool, outputs=True, bfloat16=False),
+            "fqdiff, bfloat16": ours(net, pool, outputs=False, bfloat16=True),
+            "vmap(grad), chunks of 16": by_vmap(net, 16),
+            "one sample at a time": one_at_a_time(net),
+        }
+        best = dict.fromkeys(ways, float("inf"))
+        for _ in range(rounds):
+            for name, run in ways.items():
+                started = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - started)
     base = min(best["plain batched, batch 64"], best["plain batched, batch 32"])
     print(f"{torch.get_num_threads()} threads, fastest of {rounds} rounds of {SAMPLES} samples")
     for name, seconds in best.items():
@@ -154,33 +156,40 @@ def speed(rounds: int) -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def peak() -> float:
-    """Largest resident size of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident() -> float:
+    """Resident size of this process now, MiB. Linux only."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def memory_of(way: str) -> None:
-    """Run ``way`` once in this process, and print what it added to the peak."""
+    """Run ``way`` once in this process, and print what it added to the resident size at most, sampled every millisecond."""
     net, threads = network(), torch.get_num_threads()
     plain(net, 2)()  # what libraries take once
-    before = peak()
-    runs = {
-        "plain": lambda: plain(net, 32)(),
-        "plain on every thread": lambda: plain(net, 32 * threads)(),
-        "fqdiff": lambda: ours(net, 32, outputs=True, bfloat16=False)(),
-        "vmap": lambda: by_vmap(net, 32)(),
-    }
-    runs[way]()
-    print(json.dumps(peak() - before))
+    before, highest, done = resident(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            highest[0] = max(highest[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if way == "fqdiff":
+        with workers(network, torch.device("cpu")) as pool:
+            ours(net, pool, outputs=True, bfloat16=False)()
+    else:
+        {"plain": plain(net, BATCH), "threads": plain(net, BATCH * threads), "vmap": by_vmap(net, BATCH)}[way]()
+    done.set()
+    watcher.join()
+    print(json.dumps(highest[0] - before))
 
 
 def memory() -> None:
     """Added peak memory of each way, each in a process of its own."""
     for way, label in (
-        ("plain", "plain batched, batch 32"),
-        ("plain on every thread", "plain batched, batch 32 x threads"),
-        ("fqdiff", "fqdiff, batches of 32 on every thread"),
-        ("vmap", "vmap(grad), chunk 32"),
+        ("plain", f"plain batched, batch {BATCH}"),
+        ("threads", f"plain batched, batch {BATCH} x threads"),
+        ("fqdiff", f"fqdiff, a batch of {BATCH} on every thread"),
+        ("vmap", f"vmap(grad), chunk {BATCH}"),
     ):
         command = [sys.executable, __file__, "--memory-of", way]
         added = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -229,7 +238,7 @@ def main() -> None:
     if options.memory_of:
         memory_of(options.memory_of)
     elif options.variance:
-        variance(timesteps=20, samples=16, seeds=12)
+        variance(timesteps=10, samples=16, seeds=8)
     else:
         speed(options.rounds)
         memory()
