@@ -8,6 +8,7 @@ from fqdiff.context import Context, peak_memory
 from fqdiff.errors import ConfigError
 from fqdiff.fisher.backward import layers, per_sample_backward
 from fqdiff.fisher.rules import PIECE_BYTES
+from fqdiff.fisher.timesteps import BATCH
 from fqdiff.values import Checkpoint
 
 HEADROOM = 1.5  # of allocators, and of the gradients that are alive while autograd walks back
@@ -42,7 +43,9 @@ def needed_bytes(network: nn.Module, image_shape: tuple[int, int, int], config: 
     diagonals = 4 * 8 * parameters
     if config.kind == "trajectory":  # a run keeps its gradients in float32 and their squares in float64
         return each + 12 * parameters, diagonals
-    squares = 24 * largest  # of one timestep in the layer at work: float32 twice, and float64 twice
+    # Of one timestep in the layer at work: float32 twice; where several batches are added, or single weights, float64 twice more.
+    wide = config.samples > BATCH or config.granularity == "weight"
+    squares = (24 if wide else 8) * largest
     fixed = max(PIECE_BYTES, squares) + (diagonals if config.granularity == "weight" else 0)
     return each + squares // config.samples, fixed
 
