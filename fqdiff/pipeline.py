@@ -53,7 +53,7 @@ def _function(where: str) -> Callable[..., Any]:
 
 STAGES: Mapping[str, Stage] = {
     "dataset": Stage("dataset", "fqdiff.store.sources:load_dataset"),
-    "train": Stage("checkpoint", "fqdiff.stages.train:train", ("dataset",), parallel=True),
+    "train": Stage("checkpoint", "fqdiff.stages.train:train", ("dataset", "init"), parallel=True),
     "import": Stage("checkpoint", "fqdiff.stages.import_:import_checkpoint", ("file", "dataset")),
     "fisher": Stage(
         "fisher",

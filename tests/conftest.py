@@ -31,7 +31,7 @@ def dataset() -> Dataset:
 
 @pytest.fixture(scope="session")
 def checkpoint(dataset: Dataset) -> Checkpoint:
-    return train(dataset, tiny_config(), 0, Context())
+    return train(dataset, None, tiny_config(), 0, Context())
 
 
 @pytest.fixture(scope="session")

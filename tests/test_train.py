@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -24,40 +25,54 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
 
 
 def test_training_lowers_the_loss(dataset: Dataset) -> None:
-    loss = train(dataset, tiny_config(steps=150, learning_rate=3e-3), 0, Context()).loss
+    loss = train(dataset, None, tiny_config(steps=150, learning_rate=3e-3), 0, Context()).loss
     assert float(loss[-20:].mean()) < 0.9 * float(loss[:20].mean())
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(dataset: Dataset, checkpoint: Checkpoint) -> None:
     torch.manual_seed(12345)  # the global generator must not matter
-    assert same(train(dataset, tiny_config(), 0, Context()), checkpoint)
-    assert not same(train(dataset, tiny_config(), 1, Context()), checkpoint)
+    assert same(train(dataset, None, tiny_config(), 0, Context()), checkpoint)
+    assert not same(train(dataset, None, tiny_config(), 1, Context()), checkpoint)
 
 
 def test_training_leaves_the_global_generator_alone(dataset: Dataset) -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    train(dataset, tiny_config(steps=1), 0, Context())
+    train(dataset, None, tiny_config(steps=1), 0, Context())
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_training_starts_from_the_weights_of_another_checkpoint(dataset: Dataset, checkpoint: Checkpoint) -> None:
+    before = checkpoint.tensors["stem.conv.weight"].clone()
+    still = train(dataset, checkpoint, tiny_config(steps=2, learning_rate=1e-30), 0, Context())
+    assert all(torch.allclose(still.tensors[name], t, atol=1e-6) for name, t in checkpoint.tensors.items())
+    longer = train(dataset, checkpoint, tiny_config(steps=30), 0, Context())
+    assert float(longer.loss.mean()) < float(train(dataset, None, tiny_config(steps=30), 0, Context()).loss.mean())
+    assert torch.equal(checkpoint.tensors["stem.conv.weight"], before)
+
+
+def test_training_refuses_to_start_from_another_network(dataset: Dataset, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="another network"):
+        train(dataset, checkpoint, tiny_config(prediction="eps", schedule="linear"), 0, Context())
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_an_interrupted_run_continues_to_the_same_bits(dataset: Dataset, optimizer: str) -> None:
     config = tiny_config(optimizer=optimizer, steps=7)
     config.architecture["dropout"] = 0.3  # dropout's draws must continue too
-    whole = train(dataset, config, 0, Context())
+    whole = train(dataset, None, config, 0, Context())
     parts, asked = MemoryParts(), iter([False, False, True])
     with pytest.raises(KeyboardInterrupt):
-        train(dataset, config, 0, Context(parts=parts, soft_stop=lambda: nullcontext(lambda: next(asked))))
+        train(dataset, None, config, 0, Context(parts=parts, soft_stop=lambda: nullcontext(lambda: next(asked))))
     assert parts.saved["state"].data["step"] == 3
-    assert same(train(dataset, config, 0, Context(parts=parts)), whole)
+    assert same(train(dataset, None, config, 0, Context(parts=parts)), whole)
 
 
 def test_the_checkpoint_holds_the_average_not_the_last_weights(dataset: Dataset) -> None:
     parts = MemoryParts()
     config = tiny_config(steps=20, ema_decay=0.9)
-    averaged = train(dataset, config, 0, Context(parts=parts, save_interval=0)).tensors
+    averaged = train(dataset, None, config, 0, Context(parts=parts, save_interval=0)).tensors
     last = {k.removeprefix("network."): v for k, v in parts.saved["state"].tensors.items() if k.startswith("network.")}
     assert averaged.keys() == last.keys()
     assert all(not torch.equal(averaged[name], last[name]) for name in last if name.endswith("conv1.weight"))
@@ -68,7 +83,7 @@ def test_a_nan_loss_stops_and_keeps_the_last_good_state(dataset: Dataset) -> Non
     parts = MemoryParts()
     wild = tiny_config(learning_rate=1e30, warmup=0, steps=30, clip_norm=0.0)
     with pytest.raises(NumericalError, match="at step") as caught:
-        train(dataset, wild, 0, Context(parts=parts))
+        train(dataset, None, wild, 0, Context(parts=parts))
     kept = parts.saved["state"]
     assert f"at step {kept.data['step']}" in caught.value.message
     assert all(torch.isfinite(v).all() for k, v in kept.tensors.items() if k.startswith("average."))
@@ -78,13 +93,13 @@ def test_a_state_of_another_recipe_is_refused(dataset: Dataset) -> None:
     parts = MemoryParts()
     parts.save("state", Part({"loss": torch.zeros(3)}, {"step": 1}))
     with pytest.raises(ConfigError, match="another recipe"):
-        train(dataset, tiny_config(), 0, Context(parts=parts))
+        train(dataset, None, tiny_config(), 0, Context(parts=parts))
 
 
 def test_images_of_another_size_are_refused(dataset: Dataset) -> None:
     wrong = replace(dataset, images=torch.zeros(60, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(DataError, match="images of shape"):
-        train(wrong, tiny_config(), 0, Context())
+        train(wrong, None, tiny_config(), 0, Context())
 
 
 def test_only_training_images_are_seen(dataset: Dataset) -> None:
@@ -92,7 +107,8 @@ def test_only_training_images_are_seen(dataset: Dataset) -> None:
     images = dataset.images.clone()
     images[dataset.held_out] = 255
     assert same(
-        train(replace(dataset, images=images), tiny_config(), 0, Context()), train(dataset, tiny_config(), 0, Context())
+        train(replace(dataset, images=images), None, tiny_config(), 0, Context()),
+        train(dataset, None, tiny_config(), 0, Context()),
     )
 
 
@@ -111,7 +127,7 @@ def test_the_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_bfloat16_trains_other_bits_but_close(dataset: Dataset, checkpoint: Checkpoint) -> None:
-    half = train(dataset, tiny_config(precision="bfloat16"), 0, Context())
+    half = train(dataset, None, tiny_config(precision="bfloat16"), 0, Context())
     assert not same(half, checkpoint)
     assert torch.allclose(half.loss, checkpoint.loss, rtol=0.05)
 
@@ -159,6 +175,16 @@ def test_a_killed_training_continues_to_identical_weights(tmp_path: Path, how: s
     assert resumed.returncode == 0, resumed.stderr
     assert model_bytes(store) == model_bytes(tmp_path / "whole")
     assert not list(store.glob("parts/checkpoint/*"))
+
+
+def test_init_is_part_of_the_lineage_and_the_id(tmp_path: Path) -> None:
+    first = run_cli(tmp_path, *TRAIN, "--steps", "3", "--name", "first")
+    assert first.returncode == 0, first.stderr
+    second = run_cli(tmp_path, *TRAIN, "--steps", "3", "--init", "first", "--name", "second", "--json")
+    assert second.returncode == 0, second.stderr
+    manifests = [json.loads(path.read_text()) for path in tmp_path.glob("checkpoint/*/manifest.json")]
+    roles = {tuple(i["role"] for i in m["recipe"]["inputs"]) for m in manifests}
+    assert roles == {("dataset",), ("dataset", "init")}
 
 
 def test_resuming_without_an_interrupted_run_says_so(tmp_path: Path) -> None:

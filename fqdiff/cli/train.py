@@ -40,15 +40,20 @@ def resolved_architecture(preset: Preset, image_size: int, image_channels: int) 
 
 
 def training_step(
-    dataset: DatasetConfig, image_channels: int, preset: Preset, config: TrainConfig, seed: int
+    dataset: DatasetConfig,
+    image_channels: int,
+    preset: Preset,
+    config: TrainConfig,
+    seed: int,
+    init: "Manifest | None" = None,
 ) -> "Step":
-    """The step that trains ``preset`` on ``dataset``."""
+    """The step that trains ``preset`` on ``dataset``, from the weights of ``init`` where it is given."""
     from fqdiff.pipeline import Step
 
     architecture = resolved_architecture(preset, dataset.image_size, image_channels)
     return Step(
         "train",
-        {"dataset": Step("dataset", {}, dataset)},
+        {"dataset": Step("dataset", {}, dataset), **({} if init is None else {"init": init})},
         TrainConfig(**{**vars(config), "architecture": architecture}),
         seed,
     )
@@ -67,6 +72,10 @@ def train(
     ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Side of the images in pixels.", show_default="the preset's")
+    ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint whose weights to start from: id, name or path.", show_default="fresh weights"),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run that was interrupted last, whatever its recipe.")
@@ -107,7 +116,7 @@ def train(
     from fqdiff.store.sources import image_channels
 
     recipe = (preset, dataset, image_size, steps, batch_size, learning_rate, optimizer, weight_decay, warmup, decay)
-    recipe_too = (clip_norm, ema_decay, schedule, prediction, weighting, precision, session.config_path)
+    recipe_too = (clip_norm, ema_decay, schedule, prediction, weighting, precision, init, session.config_path)
     if resume:
         if session.force or any(value is not None for value in (*recipe, *recipe_too)):
             raise ConfigError("--resume continues the interrupted recipe as it is", "leave the other settings out")
@@ -135,7 +144,8 @@ def train(
     )
     size = image_size or session.from_file("train", "image_size", 32) or chosen.image_size
     data = choose_dataset(session, dataset or session.from_file("train", "dataset", "mnist5k"), size)
-    step = training_step(data, image_channels(data), chosen, config, session.seed)
+    start = None if init is None else session.store.resolve(init, ("checkpoint",))
+    step = training_step(data, image_channels(data), chosen, config, session.seed, start)
     parameters = sum(p.numel() for p in build(step.config.architecture, "meta").parameters())
     found = session.store.find(step.kind, step.id)
     seconds = 0.0 if found else estimate_seconds(step.config, session.device)
@@ -188,8 +198,8 @@ def interrupted_step(session: Session) -> "Step":
     recipe = last_unfinished(session.store, "checkpoint")
     if recipe is None:
         raise ArtifactNotFound(f"no interrupted training in {session.store.root}", "start one with fqdiff train")
-    source = recipe.input("dataset")
-    dataset = session.store.find("dataset", source.id) if source else None
-    if dataset is None:
-        raise ConfigError("the data set of the interrupted training is gone", "start over with fqdiff train --force")
-    return Step("train", {"dataset": dataset}, config_from_data(TrainConfig, recipe.config), recipe.seed)
+    inputs = {source.role: session.store.find(source.kind, source.id) for source in recipe.inputs}
+    found = {role: manifest for role, manifest in inputs.items() if manifest is not None}
+    if len(found) < len(inputs) or "dataset" not in found:
+        raise ConfigError("an input of the interrupted training is gone", "start over with fqdiff train --force")
+    return Step("train", found, config_from_data(TrainConfig, recipe.config), recipe.seed)

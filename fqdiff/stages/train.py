@@ -37,11 +37,12 @@ class Training:
     loss: Tensor
 
 
-def train(dataset: Dataset, config: TrainConfig, seed: int, context: Context) -> Checkpoint:
+def train(dataset: Dataset, init: Checkpoint | None, config: TrainConfig, seed: int, context: Context) -> Checkpoint:
     """The checkpoint after ``config.steps`` optimizer steps on the training images of ``dataset``.
 
-    Every draw of step k comes from (seed, label, k), so a run that continues from a saved part ends with the same bits as
-    one that was never stopped. Raises NumericalError on a loss or gradient that is not finite.
+    Starts from the weights of ``init``, from fresh ones without it. Every draw of step k comes from (seed, label, k), so a
+    run that continues from a saved part ends with the same bits as one that was never stopped. Raises NumericalError on a
+    loss or gradient that is not finite, ConfigError where ``init`` is another network.
     """
     spec = ModelSpec(config.architecture, config.schedule, config.prediction)
     images = dataset.train
@@ -52,7 +53,7 @@ def train(dataset: Dataset, config: TrainConfig, seed: int, context: Context) ->
         )
     images = images.to(context.device)
     schedule = spec.noise_schedule()
-    state = initial_state(spec, config, seed, context.device)
+    state = initial_state(spec, config, seed, context.device, init)
     saved = context.parts.load("state")
     if saved is not None:
         restore(state, saved)
@@ -78,11 +79,20 @@ def train(dataset: Dataset, config: TrainConfig, seed: int, context: Context) ->
     return Checkpoint(spec, tensors, state.loss, preview(spec, tensors, seed, context.device))
 
 
-def initial_state(spec: ModelSpec, config: TrainConfig, seed: int, device: torch.device) -> Training:
-    """Fresh weights, drawn from (seed, "weights"), with their optimizer and average."""
+def initial_state(
+    spec: ModelSpec, config: TrainConfig, seed: int, device: torch.device, init: Checkpoint | None = None
+) -> Training:
+    """The weights of ``init``, or fresh ones drawn from (seed, "weights"), with their optimizer and average."""
+    if init is not None and init.spec != spec:
+        raise ConfigError(
+            "the checkpoint to start from is another network, or has another schedule or prediction",
+            "give the --preset, --image-size, --schedule and --prediction it was trained with",
+        )
     with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator
         torch.manual_seed(derive_seed(seed, "weights"))
         network = build(spec.architecture)
+    if init is not None:
+        network.load_state_dict(dict(init.tensors))
     network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     # Warm-up of the average: early on it follows the weights, so that a short run is not averaged with its own start.
     average = AveragedModel(network, multi_avg_fn=lambda old, new, n: _average(old, new, n, config.ema_decay))
