@@ -18,7 +18,14 @@ Stored = tuple[torch.dtype, tuple[int, ...]]
 Description = tuple[tuple[int, ...], Format, Granularity]  # shape, format, granularity of one parameter
 
 # safetensors' names of the dtypes used here, in the order in which it lays tensors out (largest alignment first).
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+}
 
 
 def part_name(parameter: str, part: str) -> str:
@@ -36,13 +43,13 @@ def stored_tensors(parameters: Mapping[str, Description]) -> dict[str, Stored]:
 
 
 def metadata(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> dict[str, str]:
-    """What the header says beside the tensors: the model, and how each integer tensor is to be read."""
-    integers = {
+    """What the header says beside the tensors: the model, and how each tensor that is no cast is to be read."""
+    described = {
         name: {"format": fmt.name, "granularity": str(granularity), "shape": list(shape)}
         for name, (shape, fmt, granularity) in parameters.items()
-        if fmt.is_integer
+        if not fmt.is_cast
     }
-    content = {"schema": SCHEMA, "model": model, "quantized": integers}
+    content = {"schema": SCHEMA, "model": model, "quantized": described}
     return {METADATA_KEY: json.dumps(content, sort_keys=True, separators=(",", ":"))}
 
 
