@@ -28,6 +28,10 @@ DTYPE_NAMES = {
 }
 
 
+# What the parts of a tensor count as, in the order in which sizes are listed.
+PART_KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zero_points", "data": "kept"}
+
+
 def part_name(parameter: str, part: str) -> str:
     """Name of a stored tensor: a cast keeps its parameter's name, codes and scales add theirs."""
     return parameter if part == "data" else f"{parameter}.{part}"
@@ -40,6 +44,12 @@ def stored_tensors(parameters: Mapping[str, Description]) -> dict[str, Stored]:
         for name, (shape, fmt, granularity) in parameters.items()
         for part, stored in part_layout(shape, fmt, granularity).items()
     }
+
+
+def bytes_by_kind(parameter: Description) -> dict[str, int]:
+    """Payload bytes of one parameter by kind: codes, scales, zero points, or kept in floating point."""
+    layout = part_layout(*parameter).items()
+    return {PART_KINDS[part]: dtype.itemsize * torch.Size(shape).numel() for part, (dtype, shape) in layout}
 
 
 def metadata(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> dict[str, str]:

@@ -38,21 +38,16 @@ def group_count(shape: tuple[int, ...], granularity: Granularity) -> int:
     if weights % size:
         raise QuantizationError(
             f"groups of {size} do not divide the {weights} weights of an output channel of shape {shape}",
-            f"sizes that do: {nearest_sizes(divisors(weights), size)}",
+            f"sizes that do: {', '.join(map(str, nearest_sizes(weights, size)))}",
         )
     return channels * (weights // size)
 
 
-def divisors(number: int) -> list[int]:
-    """Every divisor of ``number``, in order."""
-    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def nearest_sizes(sizes: list[int], wanted: int) -> str:
-    """Those of ``sizes`` that come closest to ``wanted`` (by their ratio), as text."""
-    close = sorted(sizes, key=lambda n: max(n / wanted, wanted / n))[:6]
-    return ", ".join(map(str, sorted(close)))
+def nearest_sizes(weights: int, wanted: int, count: int = 6) -> list[int]:
+    """The ``count`` divisors of ``weights`` that come closest to ``wanted`` by their ratio, in order."""
+    small = [n for n in range(1, int(weights**0.5) + 1) if weights % n == 0]
+    divisors = {*small, *(weights // n for n in small)}
+    return sorted(sorted(divisors, key=lambda n: (max(n / wanted, wanted / n), n))[:count])
 
 
 def group_rows(x: Tensor, granularity: Granularity) -> Tensor:

@@ -195,9 +195,8 @@ def load_quantized(directory: Path) -> QuantizedCheckpoint:
 
 def write_model(value: QuantizedCheckpoint, path: Path) -> None:
     """The model file that :func:`read_model` reads; equal values give equal bytes."""
-    described = {name: (p.shape, p.format, p.granularity) for name, p in value.packed.items()}
     tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
-    write_tensors(path, tensors, metadata(model_description(value.spec), described))
+    write_tensors(path, tensors, metadata(model_description(value.spec), value.described))
 
 
 def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
