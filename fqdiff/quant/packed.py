@@ -83,7 +83,8 @@ def check_values(packed: PackedTensor) -> None:
     if fmt.is_cast:
         return
     scale = parts["scale"].float()
-    if not torch.isfinite(scale).all() or not scale.all() or (not fmt.is_integer and bool((scale < 0).any())):
+    turned = fmt.is_integer and fmt.symmetric  # the only scales that may be negative
+    if not torch.isfinite(scale).all() or not scale.all() or (not turned and bool((scale < 0).any())):
         raise QuantizationError(f"scales of a {fmt.name} tensor that are 0, negative or no numbers")
     if fmt.kind == "ternary" and int(parts["codes"].max()) >= 3**TRITS:
         raise QuantizationError(f"byte {int(parts['codes'].max())} is not {TRITS} codes of three values")
