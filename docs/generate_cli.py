@@ -15,6 +15,7 @@ COMMANDS = [
     ["fisher", "validate"],
     ["plan"],
     ["quantize"],
+    ["size"],
     ["sample"],
     ["fid"],
     ["plot"],

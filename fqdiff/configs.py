@@ -3,6 +3,7 @@
 A field is a recipe field: changing it changes the artifact's id. Where to compute (device, batch size) is not one.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -130,12 +131,18 @@ class FisherConfig:
         )
 
 
+SCALES = ("float32", "float16")
+GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std")
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """How a precision is chosen for every parameter. One strategy, and the settings that it reads."""
+    """How a precision is chosen for every parameter. One strategy, and the settings that it reads.
+
+    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE; ``scale``: what scales are stored in; ``symmetric``:
+    integers without zero points.
+    """
 
     strategy: str = "groups"
     groups: str = "12/345/6"
@@ -147,6 +154,8 @@ class PlanConfig:
     low: str = "float16"
     high: str = "float32"
     granularity: str = "channel"
+    scale: str = "float32"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
@@ -166,8 +175,11 @@ class PlanConfig:
             "a timestep such as 1, or 'mean'",
         )
         require(
-            self.granularity in ("tensor", "channel"), f"unknown granularity '{self.granularity}'", "tensor or channel"
+            self.granularity in ("tensor", "channel") or GROUPS.fullmatch(self.granularity) is not None,
+            f"unknown granularity '{self.granularity}'",
+            "tensor, channel, group:SIZE such as group:32, or group-near:SIZE",
         )
+        require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
 
 
 @dataclass(frozen=True)

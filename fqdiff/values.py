@@ -16,6 +16,8 @@ from fqdiff.errors import ArtifactCorrupt, require
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.models.registry import build
+from fqdiff.quant.container import Description
+from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
 
 Tensors = Mapping[str, Tensor]
@@ -113,6 +115,11 @@ class Checkpoint:
     loss: Tensor | None
     preview: Tensor
 
+    @property
+    def described(self) -> dict[str, Description]:
+        """How each parameter is stored."""
+        return {name: (tuple(t.shape), get_format("float32"), PerTensor()) for name, t in self.tensors.items()}
+
     def network(self) -> nn.Module:
         """The network, in eval mode."""
         return self.spec.network(self.tensors)
@@ -124,6 +131,11 @@ class QuantizedCheckpoint:
 
     spec: ModelSpec
     packed: Mapping[str, PackedTensor]
+
+    @property
+    def described(self) -> dict[str, Description]:
+        """How each parameter is stored."""
+        return {name: (p.shape, p.format, p.granularity) for name, p in self.packed.items()}
 
     def network(self) -> nn.Module:
         """The network, in eval mode, its float32 weights computed from the packed tensors alone."""

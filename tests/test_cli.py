@@ -14,9 +14,11 @@ import termios
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
 import fqdiff
@@ -28,7 +30,7 @@ from tests.test_evidence import StandIn
 
 COMMANDS = [
     ["train"], ["import"], ["fisher"], ["fisher", "top"], ["fisher", "merge"], ["fisher", "validate"], ["plan"],
-    ["quantize"], ["sample"], ["fid"], ["plot", "fisher"], ["run"],
+    ["quantize"], ["size"], ["sample"], ["fid"], ["plot", "fisher"], ["run"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]  # fmt: skip
 
@@ -219,6 +221,71 @@ def test_plans_print_block_by_block(store: Path) -> None:
     assert "group 345: its mean Fisher value" in text
 
 
+def test_granularity_scale_dtype_and_symmetry_reach_the_file(store: Path, tmp_path: Path) -> None:
+    options = ["--granularity", "group-near:32", "--scale", "float16", "--symmetric"]
+    planned = good(store, "plan", "--ratio", "0.5", "--low", "int3", "--high", "int8", *options)
+    made = good(store, "quantize", str(planned["id"]), "--output", str(tmp_path / "small.safetensors"))
+    assert made["file_bytes"] == made["promised_bytes"] == planned["file_bytes"]
+    assert (tmp_path / "small.safetensors").stat().st_size == planned["file_bytes"]
+    with safe_open(tmp_path / "small.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["fqdiff"])["quantized"]["block1.res1.conv1.weight"]
+        assert facts["granularity"] == "channel:0:float16"  # 36 weights: 36 is nearer to 32 than 18
+        assert facts["format"] in ("int3sym", "int8sym")
+        assert file.get_tensor("block1.res1.conv1.weight.scale").dtype == torch.float16
+    blocks: Any = planned["blocks"]
+    assert sum(row["tensors_low"] for row in blocks) > 20
+    config = tmp_path / "plan.toml"
+    config.write_text(
+        '[plan]\nlow = "int3"\nhigh = "int8"\ngranularity = "group-near:32"\nscale = "float16"\nsymmetric = true\n'
+    )
+    assert good(store, "plan", "--ratio", "0.5", "--config", str(config))["id"] == planned["id"]
+
+
+@pytest.mark.parametrize(
+    "planning",
+    [
+        None,
+        ["--uniform", "int4"],
+        ["--uniform", "ternary", "--granularity", "group-near:32", "--scale", "float16"],
+        ["--ratio", "0.5", "--low", "int3", "--high", "float8_e4m3", "--symmetric"],
+        ["--groups", "12/345/6", "--low", "bfloat16"],
+    ],
+)
+def test_the_sizes_by_block_tensor_and_kind_add_up_to_the_file(store: Path, planning: list[str] | None) -> None:
+    """Against the file itself: its length, its header's, and its tensors as the header lists them."""
+    ref = "tiny-fp32"
+    if planning is not None:
+        ref = str(good(store, "quantize", str(good(store, "plan", *planning)["id"]))["id"])
+    found: Any = good(store, "size", ref)
+    content = Path(found["file"]).read_bytes()
+    header_bytes = 8 + int.from_bytes(content[:8], "little")
+    assert found["file_bytes"] == len(content) == sum(found["kinds"].values())
+    assert found["kinds"]["header"] == header_bytes
+    for rows in (found["blocks"], found["tensors"]):
+        assert header_bytes + sum(row["bytes"] for row in rows) == len(content)
+        assert sum(row["weights"] for row in rows) == found["weights"]
+        for kind in ("codes", "scales", "zero_points", "kept"):
+            assert sum(row[kind] for row in rows) == found["kinds"][kind]
+    assert found["bits_per_weight"] == pytest.approx(8 * len(content) / found["weights"])
+    listed = {n: e["data_offsets"] for n, e in json.loads(content[8:header_bytes]).items() if n != "__metadata__"}
+    parts = {"codes": ".codes", "scales": ".scale", "zero_points": ".zero_point", "kept": ""}
+    for row in found["tensors"]:
+        for kind, ending in parts.items():
+            begin, end = listed.pop(row["tensor"] + ending, (0, 0))
+            assert row[kind] == end - begin
+    assert not listed
+
+
+def test_sizes_for_people_end_with_the_header_and_the_file(store: Path) -> None:
+    made = good(store, "quantize", str(good(store, "plan", "--uniform", "int4")["id"]))
+    blocks = call(store, "size", str(made["id"])).stdout
+    assert f"{made['file_bytes']:,}" in blocks.splitlines()[-1]
+    assert [line.split()[0] for line in blocks.splitlines()[-3:]] == ["head", "header", "file"]
+    tensors = call(store, "size", str(made["id"]), "--tensors").stdout
+    assert re.search(r"block1\.res1\.conv1\.weight +1 +int4 +channel:0 +144 +72 +16 +2 +0 +90 +5\.000", tensors)
+    assert call(store, "size", "by-groups").exit_code == 1
+
+
 def test_a_group_with_a_block_twice_is_named(store: Path) -> None:
     result = call(store, "plan", "--groups", "12/34/456")
     assert result.exit_code == 2
@@ -366,6 +433,9 @@ def test_progress_shows_loss_rate_and_time_left_on_a_terminal_only(tmp_path: Pat
         (["plan", "--uniform", "int8", "--at", "5"], "has no use for at"),
         (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for thresholds"),
         (["plan", "--thresholds", "1/2"], "2 thresholds for 3 groups"),
+        (["plan", "--symmetric"], "symmetric says nothing about float16 and float32"),
+        (["plan", "--uniform", "int4", "--granularity", "group:5"], "groups of 5 do not divide the 9 weights"),
+        (["plan", "--uniform", "int9"], "unknown format 'int9'"),
         (["sample", "--sampler", "ddpm", "--eta", "0.5"], "eta is DDIM's"),
         (["train", "--resume", "--steps", "5"], "--resume continues the interrupted recipe"),
         (["train", "--resume", "--force"], "--resume continues the interrupted recipe"),

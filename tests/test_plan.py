@@ -1,4 +1,5 @@
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ CONFIGS = {
     "mean-std": PlanConfig("mean-std", low="bfloat16"),
     "threshold": PlanConfig("threshold", threshold=1e-3, low="int3", granularity="tensor"),
     "uniform": PlanConfig("uniform", low="int4"),
+    "symmetric groups": PlanConfig(
+        "ratio", low="int3", high="int8", granularity="group-near:12", symmetric=True, scale="float16"
+    ),
+    "ternary": PlanConfig("uniform", low="ternary", granularity="group-near:8", scale="float16"),
+    "float8": PlanConfig("mean-std", low="float8_e5m2", high="float8_e4m3", scale="float16"),
+    "float8 per tensor": PlanConfig("uniform", low="float8_e4m3", granularity="tensor"),
 }
 
 
@@ -144,6 +151,77 @@ def test_transposed_convolutions_get_scales_per_output_channel(
     made = {e.parameter: e.granularity for e in make(checkpoint, fisher_table, CONFIGS["uniform"]).entries}
     assert made["block4.resample.weight"] == "channel:1"
     assert made["block1.resample.weight"] == "channel:0"
+
+
+# Weights of an output channel: 9 in the stem, 8 and 24 in attention, 36, 72, 144 ... in 3x3 kernels, 32 ... elsewhere.
+FOURS = PlanConfig("threshold", threshold=1e30, low="int4", granularity="group:4", scale="float16")
+
+
+def test_groups_stay_within_output_channels(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    made = {e.parameter: e for e in make(checkpoint, fisher_table, FOURS).entries}
+    assert made["block1.resample.weight"].granularity == "group:4:0:float16"
+    assert made["block4.resample.weight"].granularity == "group:4:1:float16"  # a transposed convolution
+    weights = prod(made["block4.resample.weight"].shape)
+    assert made["block4.resample.weight"].bytes == weights // 2 + 2 * weights // 4 + weights // 8
+
+
+def test_a_channel_smaller_than_a_group_is_one_group(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    made = make(checkpoint, fisher_table, replace(FOURS, granularity="group:512"))
+    assert {e.granularity for e in made.entries} == {"tensor", "channel:0:float16", "channel:1:float16"}
+
+
+def test_a_group_size_that_does_not_divide_names_those_that_do(checkpoint: Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="groups of 5 do not divide the 9 weights") as caught:
+        plan(checkpoint, None, PlanConfig("uniform", low="int4", granularity="group:5"), 0, Context())
+    assert "'stem.conv.weight'" in caught.value.message
+    assert caught.value.hint == "sizes that do: 1, 3, 9; or group-near:5 takes the nearest for each tensor"
+
+
+def test_the_nearest_group_size_is_chosen_tensor_by_tensor(checkpoint: Checkpoint) -> None:
+    config = PlanConfig("uniform", low="int4", granularity="group-near:16")
+    grains = {e.parameter: e.granularity for e in plan(checkpoint, None, config, 0, Context()).entries}
+    assert grains["stem.conv.weight"] == "channel:0"  # 9 weights
+    assert grains["stem.time.linear1.weight"] == "group:16:0"  # 32
+    assert grains["block1.res1.conv1.weight"] == "group:18:0"  # 36: 18 is nearer than 12
+    assert grains["block6.attention.qkv.weight"] == "group:12:0"  # 24
+
+
+def test_symmetric_turns_every_integer_format_into_the_row_without_zero_points(
+    checkpoint: Checkpoint, fisher_table: FisherTable
+) -> None:
+    asymmetric = PlanConfig("ratio", low="int4", high="int8")
+    plain, symmetric = (
+        make(checkpoint, fisher_table, config) for config in (asymmetric, replace(asymmetric, symmetric=True))
+    )
+    assert {e.format for e in symmetric.entries} == {"float32", "int4sym", "int8sym"}
+    assert [e.format.removesuffix("sym") for e in symmetric.entries] == [e.format for e in plain.entries]
+    assert symmetric.file_bytes < plain.file_bytes
+    assert replace(symmetric, strategy="") == replace(
+        make(checkpoint, fisher_table, replace(asymmetric, low="int4sym", high="int8sym")), strategy=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"symmetric": True}, "symmetric says nothing about float16 and float32"),
+        ({"scale": "float16"}, "float16 and float32 have no scales"),
+        ({"strategy": "uniform", "low": "ternary", "high": "int8", "symmetric": True}, "nothing about ternary"),
+    ],
+)
+def test_a_setting_without_a_use_is_refused(checkpoint: Checkpoint, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(checkpoint, None, PlanConfig(**changes), 0, Context())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"granularity": g} for g in ("group", "group:0", "group:32:0", "group-near", "group:\u0663")]
+    + [{"scale": "bfloat16"}],
+)
+def test_an_unknown_granularity_or_scale_is_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="unknown"):
+        PlanConfig(**changes)  # type: ignore[arg-type]
 
 
 def test_scores_at_mean_average_the_timesteps(fisher_table: FisherTable) -> None:

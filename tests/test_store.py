@@ -25,7 +25,7 @@ from fqdiff.errors import AmbiguousRef, ArtifactCorrupt, ArtifactNotFound, Confi
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, parameter_blocks, unet_architecture, unet_config
 from fqdiff.pipeline import Runner, Stage, Step
-from fqdiff.quant.formats import PerChannel, PerTensor, get_format
+from fqdiff.quant.formats import Granularity, PerChannel, PerGroup, PerTensor, get_format
 from fqdiff.quant.packed import pack_tensor, stored_bytes
 from fqdiff.rng import generator
 from fqdiff.store.codecs import CODECS
@@ -133,10 +133,13 @@ def tiny_value(kind: str) -> Any:
     draw = generator(0, "weights")
     tensors = {name: torch.randn(p.shape, generator=draw) for name, p in network.named_parameters()}
     blocks = parameter_blocks(network)
-    formats = [get_format(f) for f in ("float32", "float16", "bfloat16", "int8", "int5", "int4", "int2")]
+    names = ("float32", "float16", "bfloat16", "int8", "int5", "int4", "int2")
+    formats = [get_format(f) for f in (*names, "int3sym", "ternary", "float8_e4m3", "float8_e5m2")]
     chosen = {name: formats[i % len(formats)] for i, name in enumerate(tensors)}
+    kinds: list[Granularity] = [PerTensor(), PerChannel(0), PerGroup(4, 0, torch.float16), PerChannel(0, torch.float16)]
     grains = {
-        name: PerChannel(0) if i % 2 and chosen[name].is_integer else PerTensor() for i, name in enumerate(tensors)
+        name: PerTensor() if fmt.is_cast else kinds[i % 4] if tensors[name].ndim > 1 else kinds[i % 2]
+        for i, (name, fmt) in enumerate(chosen.items())
     }
     if kind == "dataset":
         return Dataset("noise", tiny_images(10), torch.arange(10) % 3, torch.arange(10) >= 8)

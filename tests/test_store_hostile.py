@@ -508,7 +508,16 @@ def test_tensors_that_are_not_what_the_header_says_are_refused(kind: str, store:
 def test_other_dtypes_of_the_same_size_are_refused(kind: str, store: Store) -> None:
     name = TENSOR_FILES[kind]
     header, data = unpack_file(payload(kind, name))
-    others = {"F32": "I32", "U8": "I8", "BOOL": "U8", "I64": "F64", "F16": "I16", "BF16": "U16"}
+    others = {
+        "F32": "I32",
+        "U8": "I8",
+        "BOOL": "U8",
+        "I64": "F64",
+        "F16": "I16",
+        "BF16": "U16",
+        "F8_E4M3": "F8_E5M2",
+        "F8_E5M2": "U8",
+    }
     for dtype, other in others.items():
         tensor = next((k for k, entry in header.items() if entry.get("dtype") == dtype), None)
         if tensor is not None:
@@ -624,10 +633,21 @@ def test_a_model_description_that_lacks_sense_is_refused(kind: str, change: Any,
         {"format": "float32"},
         {"format": ["int8"]},
         {"format": "int2"},
+        {"format": "int8sym"},
+        {"format": "ternary"},
+        {"format": "float8_e4m3"},
         {"granularity": "channel:9"},
         {"granularity": "channel:-1"},
         {"granularity": "row"},
+        {"granularity": "group:0:0"},
+        {"granularity": "group:5:0"},
+        {"granularity": "group:1:9"},
+        {"granularity": "group:999999999:0"},
+        {"granularity": "channel:0:float64"},
+        {"granularity": "channel:" + "0" * 5000},
         {"granularity": 5},
+        {"scale": "float16"},
+        {"codebook": []},
         {"shape": [2**40]},
         {"shape": [2**31, 2**31, 4]},
         {"shape": [2**63]},
@@ -648,6 +668,44 @@ def test_a_quantized_description_that_does_not_fit_its_tensors_is_refused(lie: A
     content = with_facts(payload("quantized", "model.safetensors"), change)
     with little_memory():
         refuse(store, "quantized", "model.safetensors", content)
+
+
+def with_part(name: str, change: Callable[[torch.Tensor], None]) -> bytes:
+    """The quantized file, with one stored tensor changed in place."""
+    header, data = unpack_file(payload("quantized", "model.safetensors"))
+    begin, end = header[name]["data_offsets"]
+    dtype = {"F32": torch.float32, "F16": torch.float16}.get(header[name]["dtype"], torch.uint8)
+    part = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype)
+    change(part)
+    return pack_file(header, data[:begin] + part.numpy().tobytes() + data[end:])
+
+
+def stored_as(fmt: str, part: str) -> str:
+    """The stored tensor ``part`` of some weight in ``fmt``."""
+    value = tiny_value("quantized")
+    return next(f"{name}.{part}" for name, p in value.packed.items() if p.format.name == fmt and len(p.shape) > 1)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "part", "value"),
+    [
+        ("int8", "scale", float("nan")),
+        ("int5", "scale", float("inf")),
+        ("int4", "scale", 0.0),
+        ("int4", "scale", -1.0),
+        ("int3sym", "scale", float("nan")),
+        ("ternary", "scale", -1.0),
+        ("ternary", "codes", 243),
+        ("float8_e4m3", "scale", -1.0),
+        ("float8_e4m3", "codes", 0x7F),
+        ("float8_e5m2", "codes", 0xFC),
+    ],
+)
+def test_stored_values_that_no_packing_makes_are_refused(fmt: str, part: str, value: float, store: Store) -> None:
+    name = stored_as(fmt, part)
+    content = with_part(name, lambda tensor: tensor[-1:].fill_(value))
+    refuse(store, "quantized", "model.safetensors", content, match=f"a {fmt} tensor|byte 243")
+    load(store, "quantized", "model.safetensors", with_part(name, lambda tensor: tensor[-1:].fill_(1)))
 
 
 @pytest.mark.parametrize(
@@ -791,6 +849,10 @@ def test_any_value_anywhere_in_a_plan_or_result_is_refused_or_harmless(
         {"format": ["int8"]},
         {"granularity": 5},
         {"granularity": "channel:7"},
+        {"granularity": "group:7:0"},
+        {"granularity": "channel:0:float16"},
+        {"format": "int5sym"},
+        {"format": "float32", "granularity": "channel:0", "bytes": 128},
         {"bytes": -1},
         {"bytes": 1},
         {"bytes": "100"},

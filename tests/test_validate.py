@@ -261,7 +261,7 @@ def test_clipping_leaves_weights_that_lie_on_the_grid_alone() -> None:
 
 
 def test_a_cast_has_no_range_to_clip() -> None:
-    with pytest.raises(ConfigError, match="float16 is a cast"):
+    with pytest.raises(ConfigError, match="float16 is no integer"):
         make_candidates({"a": torch.ones(2, 2)}, {"a": "1"}, ("int8",), ("float16",))
 
 

@@ -18,6 +18,7 @@ from fqdiff.cli import (
     quantize,
     run,
     sample,
+    size,
     store,
     train,
 )
@@ -44,6 +45,7 @@ app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --gro
 app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(
     quantize.quantize
 )
+app.command("size", rich_help_panel=PIPELINE, epilog="Example: fqdiff size --tensors")(size.size)
 app.command("sample", rich_help_panel=PIPELINE, epilog="Example: fqdiff sample --count 1000 --steps 50")(sample.sample)
 app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --features digits")(fid.fid)
 app.add_typer(plot.app, name="plot", rich_help_panel=HOUSE)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.session import NOTHING_RANDOM, Session, common, only_input
-from fqdiff.cli.show import artifact_data, mebibytes, table
-from fqdiff.configs import PlanConfig
+from fqdiff.cli.show import BLOCKS, artifact_data, mebibytes, table
+from fqdiff.configs import SCALES, PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fqdiff.values import Plan
 
 READS_FISHER = {"at", "low", "high"}
+ANY_STRATEGY = {"granularity", "scale", "symmetric"}
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
     "threshold": READS_FISHER,
@@ -55,11 +56,22 @@ def plan(
     ] = None,
     high: Annotated[str | None, typer.Option(help="Format above it.", show_default=f"{PlanConfig.high}")] = None,
     granularity: Annotated[
-        str | None, typer.Option(help="One scale per tensor or channel.", show_default=f"{PlanConfig.granularity}")
+        str | None,
+        typer.Option(
+            help="One scale per tensor, per channel, per group:SIZE of a channel's weights, or group-near:SIZE.",
+            show_default=f"{PlanConfig.granularity}",
+        ),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help=f"Store scales in {' or '.join(SCALES)}.", show_default=f"{PlanConfig.scale}")
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Integers without zero points: int4 becomes int4sym.")
+    ] = False,
 ) -> None:
     """Choose a format for every parameter, from its Fisher value."""
     from fqdiff.pipeline import Step
+    from fqdiff.stages.plan import planned_formats
 
     flags: dict[str, object] = {
         "groups": groups,
@@ -72,22 +84,25 @@ def plan(
         "low": low,
         "high": high,
         "granularity": granularity,
+        "scale": scale,
+        "symmetric": symmetric or None,
     }
     given = {name for name, value in flags.items() if value is not None}
     strategy = choose_strategy(given, set(session.tables().get("plan", {})))
     flags |= {"strategy": strategy, "low": flags.pop("uniform") or low}
     config = session.settings("plan", PlanConfig, {}, **flags)
+    low_format, high_format = (fmt.name for fmt in planned_formats(config))
     step = Step("plan", plan_inputs(session, source, config.strategy), config)
     manifest = session.make(step)
     if manifest is None:
         return
     value: Plan = session.runner.load(manifest)
-    rows = plan_rows(value, config.low)
+    rows = plan_rows(value, low_format)
     full_bytes = only_input(session, manifest, "checkpoint").file("model.safetensors").bytes
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
     session.result(
         {**artifact_data(session.store, manifest), **totals, "blocks": rows},
-        lambda: plan_text(manifest, value, rows, full_bytes),
+        lambda: plan_text(manifest, value, (low_format, high_format), rows, full_bytes),
     )
 
 
@@ -102,7 +117,7 @@ def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
             raise ConfigError(f"{' and '.join(named)} belong to different strategies", "give one of them")
         if named:
             strategy = named[0].replace("_", "-")
-            foreign = sorted(flags - OWN_SETTINGS[named[0]] - {named[0], "granularity"})
+            foreign = sorted(flags - OWN_SETTINGS[named[0]] - {named[0]} - ANY_STRATEGY)
             if foreign:
                 raise ConfigError(f"strategy '{strategy}' has no use for {', '.join(foreign)}", "leave it out")
             return strategy if "strategy" not in in_file or given is flags else None
@@ -135,7 +150,7 @@ def plan_inputs(session: Session, ref: str | None, strategy: str) -> "dict[str, 
 def plan_rows(value: "Plan", low: str) -> list[dict[str, object]]:
     """Block by block: weight tensors and weights in all and in the low format, payload bytes before and after."""
     rows: list[dict[str, object]] = []
-    for block in ("stem", "1", "2", "3", "4", "5", "6", "head"):
+    for block in BLOCKS:
         entries = [e for e in value.entries if e.block == block]
         tensors = [e for e in entries if len(e.shape) >= 2]
         lowered = [e for e in tensors if e.format == low]
@@ -153,9 +168,11 @@ def plan_rows(value: "Plan", low: str) -> list[dict[str, object]]:
     return rows
 
 
-def plan_text(manifest: "Manifest", value: "Plan", rows: list[dict[str, object]], full_bytes: int) -> str:
+def plan_text(
+    manifest: "Manifest", value: "Plan", formats: tuple[str, str], rows: list[dict[str, object]], full_bytes: int
+) -> str:
     """The table of :func:`plan_rows` for people; ``full_bytes`` is the size of the full-precision file."""
-    low, high = (manifest.recipe.config[name] for name in ("low", "high"))
+    low, high = formats
     cells = [
         [
             str(r["block"]),

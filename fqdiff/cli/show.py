@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from fqdiff.store.store import Store
 
 
+BLOCKS = ("stem", "1", "2", "3", "4", "5", "6", "head")
+
+
 def duration(seconds: float) -> str:
     """``90`` -> ``1.5 min``."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fqdiff.quant.formats import Format, Granularity
-from fqdiff.quant.qparams import QParams, channel_rows, dequantize, quantize, range_qparams
+from fqdiff.quant.qparams import QParams, check_finite, dequantize, group_rows, quantize, range_qparams
 
 SHRINK_STEPS = 80
 
@@ -18,15 +18,16 @@ def least_error_qparams(x: Tensor, fmt: Format, granularity: Granularity) -> QPa
 
     The search of Q-Diffusion (Li et al. 2023) and BRECQ, with the plain square for the error. Ties go to the wider range.
     """
-    rows = channel_rows(x, granularity)
+    check_finite(x)
+    rows = group_rows(x, granularity)
     low, high = rows.amin(dim=1), rows.amax(dim=1)
-    best = range_qparams(low, high, fmt)
+    best = range_qparams(low, high, fmt, granularity.scale_dtype)
     least = torch.full((len(rows),), float("inf"), dtype=torch.float64, device=x.device)
     for step in range(SHRINK_STEPS):
         shrink = 1 - 0.01 * step
-        qparams = range_qparams(shrink * low, shrink * high, fmt)
+        qparams = range_qparams(shrink * low, shrink * high, fmt, granularity.scale_dtype)
         back = dequantize(quantize(x, qparams, fmt, granularity), qparams, granularity)
-        error = channel_rows(back - x, granularity).double().square().mean(dim=1)
+        error = group_rows(back - x, granularity).double().square().mean(dim=1)
         better = error < least
         least = torch.where(better, error, least)
         best = QParams(

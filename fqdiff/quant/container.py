@@ -18,7 +18,18 @@ Stored = tuple[torch.dtype, tuple[int, ...]]
 Description = tuple[tuple[int, ...], Format, Granularity]  # shape, format, granularity of one parameter
 
 # safetensors' names of the dtypes used here, in the order in which it lays tensors out (largest alignment first).
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+}
+
+
+# What the parts of a tensor count as, in the order in which sizes are listed.
+PART_KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zero_points", "data": "kept"}
 
 
 def part_name(parameter: str, part: str) -> str:
@@ -35,14 +46,20 @@ def stored_tensors(parameters: Mapping[str, Description]) -> dict[str, Stored]:
     }
 
 
+def bytes_by_kind(parameter: Description) -> dict[str, int]:
+    """Payload bytes of one parameter by kind: codes, scales, zero points, or kept in floating point."""
+    layout = part_layout(*parameter).items()
+    return {PART_KINDS[part]: dtype.itemsize * torch.Size(shape).numel() for part, (dtype, shape) in layout}
+
+
 def metadata(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> dict[str, str]:
-    """What the header says beside the tensors: the model, and how each integer tensor is to be read."""
-    integers = {
+    """What the header says beside the tensors: the model, and how each tensor that is no cast is to be read."""
+    described = {
         name: {"format": fmt.name, "granularity": str(granularity), "shape": list(shape)}
         for name, (shape, fmt, granularity) in parameters.items()
-        if fmt.is_integer
+        if not fmt.is_cast
     }
-    content = {"schema": SCHEMA, "model": model, "quantized": integers}
+    content = {"schema": SCHEMA, "model": model, "quantized": described}
     return {METADATA_KEY: json.dumps(content, sort_keys=True, separators=(",", ":"))}
 
 

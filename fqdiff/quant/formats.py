@@ -1,42 +1,72 @@
 """Number formats as rows of a table, and granularities: how many weights share one scale."""
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from fqdiff.errors import ConfigError
 
+FLOAT16_SCALES = ":float16"
+FLOAT8_MAX = 448  # the largest e4m3; e5m2 has it too, and 24 powers of two below it, so that its scales are as moderate
+SYMMETRIC = "sym"  # how the names of integer formats without a zero point end
+
 
 @dataclass(frozen=True)
 class Format:
-    """``dtype`` is set for formats that are a cast; integer formats store unsigned codes of ``bits`` bits."""
+    """How one weight is stored.
+
+    ``cast``: the number itself, in ``dtype``. ``float``: a number in ``dtype`` times a scale. ``integer`` and ``ternary``:
+    an unsigned code of ``bits`` bits, bit-packed, with x ~ scale * (code - zero_point).
+    """
 
     name: str
-    bits: int
-    dtype: torch.dtype | None = None
+    kind: str
+    bits: float
+    dtype: torch.dtype = torch.uint8
+    symmetric: bool = True
+
+    @property
+    def is_cast(self) -> bool:
+        """The only formats without a scale."""
+        return self.kind == "cast"
 
     @property
     def is_integer(self) -> bool:
-        return self.dtype is None
+        """Evenly spaced codes between the ends of a range."""
+        return self.kind == "integer"
+
+    @property
+    def is_packed(self) -> bool:
+        """Codes smaller than a byte, or a byte, in one stream."""
+        return self.kind in ("integer", "ternary")
 
     @property
     def qmax(self) -> int:
-        """The largest code of an integer format; the smallest is 0."""
-        return (1 << self.bits) - 1
+        """The largest code (the smallest is 0); of floats the largest number used."""
+        if self.kind == "float":
+            return FLOAT8_MAX
+        return 2 if self.kind == "ternary" else (1 << int(self.bits)) - 1
+
+    @property
+    def zero_point(self) -> int | None:
+        """The code of 0 where it is the same for all weights; None where each group stores its own."""
+        if self.kind == "float":
+            return 0
+        return (self.qmax + 1) // 2 if self.symmetric else None
 
 
 FORMATS = {
     f.name: f
     for f in (
-        Format("float32", 32, torch.float32),
-        Format("float16", 16, torch.float16),
-        Format("bfloat16", 16, torch.bfloat16),
-        Format("int8", 8),
-        Format("int6", 6),
-        Format("int5", 5),
-        Format("int4", 4),
-        Format("int3", 3),
-        Format("int2", 2),
+        Format("float32", "cast", 32, torch.float32),
+        Format("float16", "cast", 16, torch.float16),
+        Format("bfloat16", "cast", 16, torch.bfloat16),
+        Format("float8_e4m3", "float", 8, torch.float8_e4m3fn),
+        Format("float8_e5m2", "float", 8, torch.float8_e5m2),
+        *(Format(f"int{bits}", "integer", bits, symmetric=False) for bits in (8, 6, 5, 4, 3, 2)),
+        *(Format(f"int{bits}{SYMMETRIC}", "integer", bits) for bits in (8, 6, 5, 4, 3, 2)),
+        Format("ternary", "ternary", 1.6),  # five codes of three values fill a byte: 3^5 = 243
     )
 }
 
@@ -48,12 +78,19 @@ def get_format(name: str) -> Format:
     return FORMATS[name]
 
 
+def without_zero_point(fmt: Format) -> Format:
+    """The symmetric row of the same width; formats that store no zero point are their own."""
+    return fmt if fmt.is_cast or fmt.zero_point is not None else FORMATS[fmt.name + SYMMETRIC]
+
+
 @dataclass(frozen=True)
 class PerTensor:
     """One scale and zero point for the whole tensor."""
 
+    scale_dtype: torch.dtype = torch.float32
+
     def __str__(self) -> str:
-        return "tensor"
+        return "tensor" + _suffix(self.scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -61,19 +98,42 @@ class PerChannel:
     """One scale and zero point for each slice along ``axis``."""
 
     axis: int
+    scale_dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"channel:{self.axis}"
+        return f"channel:{self.axis}" + _suffix(self.scale_dtype)
 
 
-Granularity = PerTensor | PerChannel
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale and zero point for every ``group_size`` consecutive weights of each slice along ``axis``, in row-major order."""
+
+    group_size: int
+    axis: int
+    scale_dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"group:{self.group_size}:{self.axis}" + _suffix(self.scale_dtype)
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+TEXT = re.compile(
+    r"(tensor|channel:(?P<channel>\d)|group:(?P<size>[1-9]\d{0,8}):(?P<axis>\d))(?P<half>:float16)?", re.ASCII
+)
+
+
+def _suffix(scale_dtype: torch.dtype) -> str:
+    return FLOAT16_SCALES if scale_dtype == torch.float16 else ""
 
 
 def parse_granularity(text: str) -> Granularity:
-    """``"tensor"`` or ``"channel:AXIS"``; the inverse of ``str``."""
-    kind, _, axis = text.partition(":")
-    if text == "tensor":
-        return PerTensor()
-    if kind == "channel" and axis.isascii() and axis.isdigit() and len(axis) == 1:
-        return PerChannel(int(axis))
-    raise ConfigError(f"unknown granularity '{text}'", "tensor, or channel:AXIS such as channel:0")
+    """``tensor``, ``channel:AXIS`` or ``group:SIZE:AXIS``, with ``:float16`` for scales in float16; the inverse of ``str``."""
+    match = TEXT.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"unknown granularity '{text}'", "tensor, channel:AXIS or group:SIZE:AXIS, such as group:32:0:float16"
+        )
+    scale_dtype = torch.float16 if match["half"] else torch.float32
+    if match["size"]:
+        return PerGroup(int(match["size"]), int(match["axis"]), scale_dtype)
+    return PerChannel(int(match["channel"]), scale_dtype) if match["channel"] else PerTensor(scale_dtype)

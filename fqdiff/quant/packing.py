@@ -1,4 +1,8 @@
-"""Bit packing: codes of 1-8 bits in a little-endian bit stream. Code k occupies bits [k * bits, (k + 1) * bits)."""
+"""Packing codes without gaps. Bits: a little-endian bit stream, code k in bits [k * bits, (k + 1) * bits), bits in 1-8.
+
+Trits (codes 0, 1, 2): five to a byte, its base-3 digits, the first the lowest: 1.6 bits each, where two bits would waste a
+fifth.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,25 +10,34 @@ from torch import Tensor
 
 from fqdiff.errors import QuantizationError
 
+TRIT = 1.6  # bits
+TRITS = 5  # in a byte
+POWERS = (1, 3, 9, 27, 81)
 
-def packed_bytes(count: int, bits: int) -> int:
+
+def packed_bytes(count: int, bits: float) -> int:
     """Bytes that ``count`` codes of ``bits`` bits take."""
-    return (count * bits + 7) // 8
+    return -(-count // TRITS) if bits == TRIT else (count * int(bits) + 7) // 8
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: float) -> Tensor:
     """uint8 stream of :func:`packed_bytes` bytes from uint8 codes of any shape, row-major."""
     flat = codes.reshape(-1)
-    if flat.numel() and int(flat.max()) >> bits:
+    largest = 2 if bits == TRIT else 2 ** int(bits) - 1
+    if flat.numel() and int(flat.max()) > largest:
         raise QuantizationError(f"code {int(flat.max())} does not fit in {bits} bits", "quantize to the format first")
-    # Eight codes fill exactly `bits` bytes, and fit one 64-bit word.
+    if bits == TRIT:
+        digits = F.pad(flat, (0, -flat.numel() % TRITS)).view(-1, TRITS)
+        return (digits * torch.tensor(POWERS, dtype=torch.uint8, device=codes.device)).sum(dim=1, dtype=torch.uint8)
+    width = int(bits)
+    # Eight codes fill exactly `width` bytes, and fit one 64-bit word.
     words = F.pad(flat.long(), (0, -flat.numel() % 8)).view(-1, 8)
-    word = (words << (bits * torch.arange(8, device=codes.device))).sum(dim=1)
-    stream = (word[:, None] >> (8 * torch.arange(bits, device=codes.device))) & 0xFF
+    word = (words << (width * torch.arange(8, device=codes.device))).sum(dim=1)
+    stream = (word[:, None] >> (8 * torch.arange(width, device=codes.device))) & 0xFF
     return stream.to(torch.uint8).reshape(-1)[: packed_bytes(flat.numel(), bits)].clone()
 
 
-def unpack(stream: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+def unpack(stream: Tensor, bits: float, shape: tuple[int, ...]) -> Tensor:
     """uint8 codes of ``shape`` from a stream made by :func:`pack`."""
     count = 1
     for size in shape:
@@ -33,8 +46,12 @@ def unpack(stream: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         raise QuantizationError(
             f"{stream.numel()} stored bytes for {count} codes of {bits} bits", f"expected {packed_bytes(count, bits)}"
         )
-    octets = F.pad(stream.long(), (0, -stream.numel() % bits)).view(-1, bits)
-    word = (octets << (8 * torch.arange(bits, device=stream.device))).sum(dim=1)
-    codes = (word[:, None] >> (bits * torch.arange(8, device=stream.device))) & (2**bits - 1)
+    if bits == TRIT:
+        digits = torch.arange(256, device=stream.device)[:, None] // torch.tensor(POWERS, device=stream.device) % 3
+        return digits.to(torch.uint8)[stream.long()].reshape(-1)[:count].view(shape)
+    width = int(bits)
+    octets = F.pad(stream.long(), (0, -stream.numel() % width)).view(-1, width)
+    word = (octets << (8 * torch.arange(width, device=stream.device))).sum(dim=1)
+    codes = (word[:, None] >> (width * torch.arange(8, device=stream.device))) & (2**width - 1)
     flat: Tensor = codes.to(torch.uint8).reshape(-1)[:count]
     return flat.view(shape)

@@ -24,7 +24,7 @@ def make_candidates(
     """
     for name in clipped:
         if not get_format(name).is_integer:
-            raise ConfigError(f"{name} is a cast: it has no range to clip", "clip integer formats, such as int4")
+            raise ConfigError(f"{name} is no integer: it has no range to clip", "clip integer formats, such as int4")
     ways = [(get_format(f).name, MIN_MAX) for f in formats] + [(f, CLIPPED) for f in clipped]
     weights = [name for name, tensor in tensors.items() if tensor.ndim >= 2]
     return tuple(
@@ -35,7 +35,7 @@ def make_candidates(
 def quantized_weight(candidate: Candidate, weight: Tensor, granularity: str, axis: int) -> Tensor:
     """``weight`` as ``candidate`` would store it, float32. ``granularity``: "channel" along ``axis``, or "tensor"."""
     fmt = get_format(candidate.format)
-    grain = PerChannel(axis) if granularity == "channel" and fmt.is_integer else PerTensor()
+    grain = PerChannel(axis) if granularity == "channel" and not fmt.is_cast else PerTensor()
     if candidate.range == MIN_MAX:
         return unpack_tensor(pack_tensor(weight, fmt, grain))
     qparams = least_error_qparams(weight, fmt, grain)

@@ -15,7 +15,8 @@ from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
-from fqdiff.quant.formats import Granularity, PerChannel, PerTensor, get_format, parse_granularity
+from fqdiff.quant.formats import Format, PerTensor, get_format, parse_granularity, without_zero_point
+from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.values import Checkpoint, FisherTable, Plan, PlanEntry, model_description
 
@@ -27,13 +28,14 @@ Rule = tuple[float, str]  # a threshold, and where it comes from
 def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig, seed: int, context: Context) -> Plan:
     """One entry per parameter of ``checkpoint``. A candidate whose score is under its threshold gets ``config.low``.
 
-    Raises ConfigError for a timestep that the table lacks, LineageError for a table of other parameters.
+    Raises ConfigError for a timestep that the table lacks or a group size that does not divide, LineageError for a table of
+    other parameters.
     """
     network = build(checkpoint.spec.architecture, "meta")
     blocks, axes = parameter_blocks(network), output_axes(network)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     weights = [name for name, shape in shapes.items() if len(shape) >= 2]
-    low, high = get_format(config.low), get_format(config.high)
+    low, high = planned_formats(config)
     if config.strategy == "uniform":
         scores: Scores = {}
         rules: Mapping[str, Rule] = {name: (float("inf"), "uniform: every weight tensor goes low") for name in weights}
@@ -46,23 +48,47 @@ def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig,
         candidates = {name: scores[name] for name in weights if blocks[name] in BLOCKS}
         rules = RULES[config.strategy](candidates, blocks, config)
 
+    decisions = {name: decide(name, shape, scores, rules, (low, high)) for name, shape in shapes.items()}
+    scaled = {name: (shapes[name], axes[name]) for name, (fmt, _, _) in decisions.items() if not fmt.is_cast}
+    grains = granularities(config.granularity, config.scale, scaled)
     entries = []
-    for name, shape in shapes.items():
-        score = scores.get(name)
-        threshold, rule = rules.get(
-            name, (None, "stem and head stay high" if len(shape) >= 2 else "biases and norms stay float32")
-        )
-        if threshold is not None:
-            chosen = low if score is None or score < threshold else high
-        else:
-            chosen = high if len(shape) >= 2 else get_format("float32")
-        granularity: Granularity = PerTensor()
-        if chosen.is_integer and config.granularity == "channel":
-            granularity = PerChannel(axes[name])
-        size = stored_bytes(shape, chosen, granularity)
+    for name, (chosen, threshold, rule) in decisions.items():
+        granularity = grains.get(name, PerTensor())
+        size = stored_bytes(shapes[name], chosen, granularity)
         finite = threshold if threshold is not None and threshold != float("inf") else None
-        entries.append(PlanEntry(name, blocks[name], shape, chosen.name, str(granularity), score, finite, rule, size))
+        entries.append(
+            PlanEntry(
+                name, blocks[name], shapes[name], chosen.name, str(granularity), scores.get(name), finite, rule, size
+            )
+        )
     return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries))
+
+
+def planned_formats(config: PlanConfig) -> tuple[Format, Format]:
+    """The low and the high format. Raises ConfigError for settings that say nothing about either."""
+    low, high = get_format(config.low), get_format(config.high)
+    used = (low,) if config.strategy == "uniform" else (low, high)
+    names = " and ".join(f.name for f in used)
+    if config.symmetric and not any(f.is_integer for f in used):
+        raise ConfigError(
+            f"symmetric says nothing about {names}", "leave it out, or use an integer format such as int4"
+        )
+    if config.scale != PlanConfig.scale and all(f.is_cast for f in used):
+        raise ConfigError(f"{names} have no scales to store in {config.scale}", "leave it out, or use e.g. int4")
+    return (without_zero_point(low), without_zero_point(high)) if config.symmetric else (low, high)
+
+
+def decide(
+    name: str, shape: tuple[int, ...], scores: Scores, rules: Mapping[str, Rule], formats: tuple[Format, Format]
+) -> tuple[Format, float | None, str]:
+    """Format of one parameter, the threshold that decided (None where none did), and the rule in words."""
+    low, high = formats
+    if name in rules:
+        threshold, rule = rules[name]
+        return (low if name not in scores or scores[name] < threshold else high), threshold, rule
+    if len(shape) >= 2:
+        return high, None, "stem and head stay high"
+    return get_format("float32"), None, "biases and norms stay float32"
 
 
 def predicted_file_bytes(checkpoint: Checkpoint, entries: Iterable[PlanEntry]) -> int:

@@ -14,7 +14,7 @@ from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
-from fqdiff.quant.packed import PackedTensor, part_layout, stored_bytes
+from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, stored_bytes
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
 from fqdiff.store.files import MAKE_AGAIN, read_json, read_tensors, readable, write_tensors
 from fqdiff.store.fisher_files import load_fisher, save_fisher
@@ -173,7 +173,10 @@ def load_plan(directory: Path) -> Plan:
 
 def _plan_entry(data: Any) -> PlanEntry:
     entry = record(PlanEntry, data)
-    size = stored_bytes(entry.shape, get_format(entry.format), parse_granularity(entry.granularity))
+    fmt, granularity = get_format(entry.format), parse_granularity(entry.granularity)
+    if fmt.is_cast and granularity != PerTensor():
+        raise ValueError(f"'{entry.parameter}' is {fmt.name}, which has no scales, by {granularity}")
+    size = stored_bytes(entry.shape, fmt, granularity)
     if entry.bytes != size:
         raise ValueError(f"'{entry.parameter}' takes {size} bytes, not {entry.bytes}")
     return entry
@@ -192,13 +195,12 @@ def load_quantized(directory: Path) -> QuantizedCheckpoint:
 
 def write_model(value: QuantizedCheckpoint, path: Path) -> None:
     """The model file that :func:`read_model` reads; equal values give equal bytes."""
-    described = {name: (p.shape, p.format, p.granularity) for name, p in value.packed.items()}
     tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
-    write_tensors(path, tensors, metadata(model_description(value.spec), described))
+    write_tensors(path, tensors, metadata(model_description(value.spec), value.described))
 
 
 def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
-    """The model in a file of casts and integer tensors, everything in it checked. Raises ArtifactCorrupt."""
+    """The model in a file of casts and scaled tensors, everything in it checked. Raises ArtifactCorrupt."""
     tensors, meta = read_tensors(path, hint)
     with readable(path, "a model", hint):
         packed = {name: _packed_tensor(name, facts, tensors) for name, facts in mapping(meta["quantized"]).items()}
@@ -212,15 +214,17 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
 
 
 def _packed_tensor(name: str, facts: Any, tensors: dict[str, Tensor]) -> PackedTensor:
-    """The integer tensor that ``facts`` describe; its parts are taken out of ``tensors``."""
+    """The scaled tensor that ``facts`` describe; its parts are taken out of ``tensors``."""
     given = mapping(facts)
     fmt, granularity = get_format(text(given["format"])), parse_granularity(text(given["granularity"]))
     shape = tensor_shape(given["shape"])
-    layout = part_layout(shape, fmt, granularity)
-    parts = {part: tensors.pop(part_name(name, part)) for part in layout}
-    if not fmt.is_integer or {part: (t.dtype, tuple(t.shape)) for part, t in parts.items()} != layout:
-        raise ValueError(f"the stored parts of '{name}' are not those of {fmt.name} of shape {shape}")
-    return PackedTensor(fmt, granularity, shape, parts)
+    if fmt.is_cast or given.keys() != {"format", "granularity", "shape"}:
+        raise ValueError(f"'{name}' is described as {fmt.name} by {len(given)} fields")
+    parts = {part: tensors.pop(part_name(name, part)) for part in part_layout(shape, fmt, granularity)}
+    packed = PackedTensor(fmt, granularity, shape, parts)
+    check_layout(packed)
+    check_values(packed)
+    return packed
 
 
 # --- samples, features, metrics --------------------------------------------------------------------------------------

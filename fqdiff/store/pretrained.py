@@ -74,7 +74,7 @@ def _read_casts(path: Path, hint: str) -> QuantizedCheckpoint:
     model = read_model(path, hint)
     with readable(path, "a model to import", hint):
         for name, packed in model.packed.items():
-            if packed.format.is_integer:
+            if not packed.format.is_cast:
                 raise ValueError(f"'{name}' is {packed.format.name}; plans start from half or full precision")
             if not torch.isfinite(packed.parts["data"]).all():
                 raise ValueError(f"'{name}' holds NaN or infinity")

@@ -1,0 +1,103 @@
+"""``fqdiff size``: where the bytes of a model file are."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fqdiff.cli.session import STORE_OPTIONS, Session, common
+from fqdiff.cli.show import BLOCKS, artifact_data, mebibytes, table
+
+if TYPE_CHECKING:
+    from fqdiff.quant.container import Description
+    from fqdiff.store.manifest import Manifest
+    from fqdiff.values import Model
+
+Row = dict[str, str | int | float]
+
+
+@common(*STORE_OPTIONS)
+def size(
+    session: Session,
+    ref: Annotated[
+        str | None,
+        typer.Argument(
+            help="Checkpoint or quantized model: name, id or prefix.", show_default="the latest", metavar="REF"
+        ),
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Tensor by tensor instead of block by block.")] = False,
+) -> None:
+    """Show where the bytes of a model file are, to the last one."""
+    from fqdiff.models.registry import build, parameter_blocks
+
+    manifest = session.resolve(ref, ("quantized", "checkpoint"))
+    model: Model = session.runner.load(manifest)
+    by_tensor = tensor_rows(model.described, parameter_blocks(build(model.spec.architecture, "meta")))
+    file_bytes = manifest.file("model.safetensors").bytes
+    whole = total({"block": "file"}, by_tensor)
+    kinds = {kind: int(whole[kind]) for kind in payload_kinds()} | {"header": file_bytes - int(whole["bytes"])}
+    data = {
+        **artifact_data(session.store, manifest),
+        "file": str(session.store.directory(manifest.kind, manifest.id) / "model.safetensors"),
+        "file_bytes": file_bytes,
+        "weights": whole["weights"],
+        "bits_per_weight": 8 * file_bytes / int(whole["weights"]),
+        "kinds": kinds,
+        "blocks": block_rows(by_tensor),
+        "tensors": by_tensor,
+    }
+    rows = by_tensor if tensors else block_rows(by_tensor)
+    session.result(data, lambda: size_text(manifest, rows, whole, file_bytes))
+
+
+def payload_kinds() -> list[str]:
+    """Kinds of stored bytes but for the header."""
+    from fqdiff.quant.container import PART_KINDS
+
+    return list(PART_KINDS.values())
+
+
+def tensor_rows(described: "Mapping[str, Description]", blocks: Mapping[str, str]) -> list[Row]:
+    """Every parameter, how it is stored, and its payload bytes by kind, in the order of the model."""
+    from fqdiff.quant.container import bytes_by_kind
+
+    rows: list[Row] = []
+    for name in blocks:
+        shape, fmt, granularity = described[name]
+        kinds = bytes_by_kind(described[name])
+        how: Row = {"tensor": name, "block": blocks[name], "format": fmt.name, "granularity": str(granularity)}
+        payload, weights = sum(kinds.values()), prod(shape)
+        bits: Row = {"bits_per_weight": 8 * payload / weights}
+        rows.append(how | {"weights": weights} | dict.fromkeys(payload_kinds(), 0) | kinds | {"bytes": payload} | bits)
+    return rows
+
+
+def block_rows(rows: list[Row]) -> list[Row]:
+    """The rows of :func:`tensor_rows` summed over each block."""
+    blocks = sorted({str(r["block"]) for r in rows}, key=lambda b: BLOCKS.index(b) if b in BLOCKS else len(BLOCKS))
+    return [total({"block": b}, [r for r in rows if r["block"] == b]) for b in blocks]
+
+
+def total(label: Row, rows: list[Row]) -> Row:
+    """``label`` with the sums of ``rows``."""
+    sums = {key: sum(int(r[key]) for r in rows) for key in ("weights", *payload_kinds(), "bytes")}
+    return label | sums | {"bits_per_weight": 8 * sums["bytes"] / sums["weights"]}
+
+
+def size_text(manifest: "Manifest", rows: list[Row], whole: Row, file_bytes: int) -> str:
+    """The table for people: rows, header, and the whole file."""
+    words = [key for key in ("tensor", "block", "format", "granularity") if key in rows[0]]
+    numbers = ["weights", *payload_kinds(), "bytes"]
+
+    def line(row: Row, bits: float) -> list[str]:
+        return [*(str(row.get(w, "")) for w in words), *(f"{row[n]:,}" for n in numbers), f"{bits:.3f}"]
+
+    header = file_bytes - int(whole["bytes"])
+    weights = int(whole["weights"])
+    blank = [""] * (len(words) + len(numbers) - 2)
+    cells = [line(row, float(row["bits_per_weight"])) for row in rows]
+    cells.append(["header", *blank, f"{header:,}", f"{8 * header / weights:.3f}"])
+    cells.append(["file", *line({**whole, "bytes": file_bytes}, 8 * file_bytes / weights)[1:]])
+    title = f"{manifest.kind} {manifest.id}: {mebibytes(file_bytes)}, {8 * file_bytes / weights:.3f} bits per weight"
+    return "\n".join([title, table([n.replace("_", " ") for n in (*words, *numbers, "bits/weight")], cells)])
