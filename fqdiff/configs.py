@@ -133,7 +133,11 @@ class FisherConfig:
 
 SCALES = ("float32", "float16")
 GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
-STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std")
+TARGETS = ("target_bpw", "target_bytes", "max_loss_increase")
+STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
+SCORES = ("fisher", "trajectory", "weight-mse", "random", "reverse", "uniform")
+TIMESTEP_WEIGHTS = ("uniform", "snr", "sampler")
+LADDER = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2")
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class PlanConfig:
 
     ``granularity``: tensor, channel, group:SIZE or group-near:SIZE; ``scale``: what scales are stored in; ``symmetric``:
     integers without zero points.
+    ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
+    kept small, ``formats`` what there is to choose from, and ``ends`` the format of stem and head, empty for any.
     """
 
     strategy: str = "groups"
@@ -156,6 +162,13 @@ class PlanConfig:
     granularity: str = "channel"
     scale: str = "float32"
     symmetric: bool = False
+    target_bpw: float = 0.0
+    target_bytes: int = 0
+    max_loss_increase: float = -1.0
+    score: str = "fisher"
+    timestep_weights: str = "uniform"
+    formats: tuple[str, ...] = LADDER
+    ends: str = ""
 
     def __post_init__(self) -> None:
         require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
@@ -180,6 +193,55 @@ class PlanConfig:
             "tensor, channel, group:SIZE such as group:32, or group-near:SIZE",
         )
         require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        of_budget = (*TARGETS, "score", "timestep_weights", "formats", "ends")
+        of_rules = ("groups", "thresholds", "threshold", "ratio", "mean_std", "at", "low", "high")
+        foreign = of_rules if self.strategy == "budget" else of_budget
+        changed = [name for name in foreign if getattr(self, name) != getattr(PlanConfig, name)]
+        require(not changed, f"strategy '{self.strategy}' has no use for {', '.join(changed)}", "leave it out")
+        if self.strategy != "budget":
+            return
+        given = [name for name in TARGETS if getattr(self, name) != getattr(PlanConfig, name)]
+        require(len(given) == 1, f"{len(given)} targets for one plan", f"give one of {', '.join(TARGETS)}")
+        require(0 <= self.target_bpw <= 64, f"target_bpw is {self.target_bpw}", "bits per weight, e.g. 3.5")
+        require(0 <= self.target_bytes < 2**62, f"target_bytes is {self.target_bytes}", "the size of a file")
+        require(
+            self.max_loss_increase == -1 or 0 <= self.max_loss_increase < 1e300,
+            f"max_loss_increase is {self.max_loss_increase}",
+            "use 0 or more",
+        )
+        require(self.score in SCORES, f"unknown score '{self.score}'", f"one of: {', '.join(SCORES)}")
+        require(
+            "max_loss_increase" not in given or self.score in ("fisher", "trajectory", "uniform"),
+            f"a score of '{self.score}' is no loss that could be limited",
+            "use --score fisher or trajectory, or give a size",
+        )
+        at = self.timestep_weights.removeprefix("at:")
+        require(
+            self.timestep_weights in TIMESTEP_WEIGHTS
+            or (self.timestep_weights.startswith("at:") and at.isascii() and at.isdigit() and len(at) < 10),
+            f"unknown timestep_weights '{self.timestep_weights}'",
+            f"one of: {', '.join(TIMESTEP_WEIGHTS)}, or at:T such as at:1",
+        )
+        require(
+            self.timestep_weights == "uniform" or self.score not in ("trajectory", "weight-mse"),
+            f"score '{self.score}' has no timesteps to weight",
+            "leave timestep_weights out",
+        )
+        require(bool(self.formats), "no formats to choose from", "e.g. float16,int8,int4")
+        require(len(set(self.formats)) == len(self.formats), f"formats {','.join(self.formats)} name one twice")
+        require(
+            self.ends_format in ("", *self.formats),
+            f"ends in {self.ends_format}, formats {','.join(self.formats)}",
+            "let formats name it too",
+        )
+
+    @property
+    def ends_format(self) -> str:
+        """The format of stem and head, empty for any: uniform plans keep them at 8 bits unless told otherwise."""
+        return self.ends or ("int8" if self.score == "uniform" else "")
 
 
 @dataclass(frozen=True)

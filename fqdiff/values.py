@@ -208,8 +208,21 @@ class FisherTable:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A format that a parameter could have had: its payload ``bytes``, and what it was ``predicted`` to do."""
+
+    format: str
+    bytes: int
+    predicted: float
+
+
+@dataclass(frozen=True)
 class PlanEntry:
-    """What becomes of one parameter, and why. ``bytes`` is its payload in the file, scales and zero points included."""
+    """What becomes of one parameter, and why. ``bytes`` is its payload in the file, scales and zero points included.
+
+    Of a plan with a budget also: what the format chosen is ``predicted`` to do, all ``alternatives`` with it among them, and
+    the ``constraint`` that kept a better one away ("none" where it is the best).
+    """
 
     parameter: str
     block: str
@@ -220,6 +233,26 @@ class PlanEntry:
     threshold: float | None
     rule: str
     bytes: int
+    predicted: float | None = None
+    constraint: str | None = None
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a plan was to fit, and how well it does. One of ``target_bytes`` and ``max_loss_increase`` is given.
+
+    ``predicted``: the rise, summed over parameters, in the unit of ``score``. ``lower_bound``: no plan from the same formats
+    that fits is predicted less; of a limit on the rise, none takes fewer bytes.
+    """
+
+    score: str
+    timestep_weights: str
+    target_bytes: int | None
+    max_loss_increase: float | None
+    predicted: float
+    lower_bound: float
+    constraint: str
 
 
 @dataclass(frozen=True)
@@ -229,6 +262,7 @@ class Plan:
     strategy: str
     entries: tuple[PlanEntry, ...]
     file_bytes: int
+    budget: Budget | None = None
 
     @property
     def parameters(self) -> int:

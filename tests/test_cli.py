@@ -30,7 +30,8 @@ from tests.test_evidence import StandIn
 
 COMMANDS = [
     ["train"], ["import"], ["fisher"], ["fisher", "top"], ["fisher", "merge"], ["fisher", "validate"], ["plan"],
-    ["quantize"], ["size"], ["sample"], ["fid"], ["plot", "fisher"], ["run"],
+    ["plan", "show"], ["plan", "diff"],
+    ["quantize"], ["size"], ["sample"], ["fid"], ["plot", "fisher"], ["plot", "plan"], ["run"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ LAYERS = [
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},
     {"viz", "fisher", "preview", "sensitivity"},
+    {"planning"},
     {"stages"},
     {"store"},
     {"pipeline"},

@@ -33,6 +33,8 @@ from fqdiff.store.manifest import Input, Manifest, Recipe
 from fqdiff.store.parts import StoredParts, last_unfinished
 from fqdiff.store.store import Store, check_name
 from fqdiff.values import (
+    Alternative,
+    Budget,
     Candidate,
     Checkpoint,
     ClassifierWeights,
@@ -150,6 +152,7 @@ def tiny_value(kind: str) -> Any:
     if kind == "validation":
         return tiny_validation()
     if kind == "plan":
+        sizes = {name: stored_bytes(tuple(t.shape), chosen[name], grains[name]) for name, t in tensors.items()}
         entries = [
             PlanEntry(
                 name,
@@ -160,11 +163,15 @@ def tiny_value(kind: str) -> Any:
                 0.25,
                 None,
                 "a rule",
-                stored_bytes(tuple(t.shape), chosen[name], grains[name]),
+                sizes[name],
+                0.0,
+                "none",
+                (Alternative(chosen[name].name, sizes[name], 0.0), Alternative("int3", 5, 0.5)),
             )
             for name, t in tensors.items()
         ]
-        return Plan("groups", tuple(entries), sum(e.bytes for e in entries) + 5000)
+        size = sum(sizes.values()) + 5000
+        return Plan("budget", tuple(entries), size, Budget("fisher", "uniform", size, None, 0.0, 0.0, "budget"))
     if kind == "quantized":
         packed = {name: pack_tensor(t, chosen[name], grains[name]) for name, t in tensors.items()}
         return QuantizedCheckpoint(spec, packed)

@@ -14,6 +14,7 @@ from fqdiff.cli import (
     fisher_validate,
     import_,
     plan,
+    plan_show,
     plot,
     quantize,
     run,
@@ -41,7 +42,9 @@ fisher.app.command("top", epilog=fisher_top.EXAMPLE)(fisher_top.top)
 fisher.app.command("merge", epilog="Example: fqdiff fisher merge --from node2/fqdiff-store")(fisher_merge.merge)
 fisher.app.command("validate", epilog=fisher_validate.EXAMPLE)(fisher_validate.validate)
 app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)
-app.command("plan", rich_help_panel=PIPELINE, epilog="Example: fqdiff plan --groups 12/345/6")(plan.plan)
+plan.app.command("show", epilog=plan_show.SHOW_EXAMPLE)(plan_show.show)
+plan.app.command("diff", epilog=plan_show.DIFF_EXAMPLE)(plan_show.diff)
+app.add_typer(plan.app, name="plan", rich_help_panel=PIPELINE)
 app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(
     quantize.quantize
 )

@@ -5,56 +5,139 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.session import NOTHING_RANDOM, Session, common, only_input
-from fqdiff.cli.show import BLOCKS, artifact_data, mebibytes, table
+from fqdiff.cli.groups import DefaultCommand
+from fqdiff.cli.plan_budget import TARGETS, block_rows, budget_config, budget_text, parse_grid, show_pareto, title
+from fqdiff.cli.session import COMMON_OPTIONS, Session, common, only_input
+from fqdiff.cli.show import BLOCKS, artifact_data, table
 from fqdiff.configs import SCALES, PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
-    from fqdiff.pipeline import External, Step
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import Plan
 
 READS_FISHER = {"at", "low", "high"}
 ANY_STRATEGY = {"granularity", "scale", "symmetric"}
+READS_BUDGET = {"score", "timestep_weights", "formats", "ends"}
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
     "threshold": READS_FISHER,
     "ratio": READS_FISHER,
     "mean_std": READS_FISHER,
     "uniform": set(),
+    **dict.fromkeys(("target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"), READS_BUDGET),
 }
+BUDGET = "A byte budget"
+RULES = "Rules of the layer-adaptive paper"
+
+app = typer.Typer(cls=DefaultCommand, help="Choose a format for every parameter.")
 
 
-@common(*NOTHING_RANDOM)
-def plan(
+@app.command("make", epilog="Example: fqdiff plan --groups 12/345/6")
+@common(*(name for name in COMMON_OPTIONS if name != "device"))
+def make(
     session: Session,
     source: Annotated[
         str | None,
-        typer.Argument(help="Fisher table, or checkpoint for --uniform.", show_default="the latest", metavar="[REF]"),
+        typer.Argument(
+            help="Fisher table, or checkpoint (for --uniform and --score weight-mse that is enough).",
+            show_default="the latest",
+            metavar="[REF]",
+        ),
     ] = None,
-    groups: Annotated[str | None, typer.Option(help="Block groups, one threshold each, e.g. 12/345/6.")] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=64, help="Best plan of so many bits per weight, everything counted.", rich_help_panel=BUDGET
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Best plan whose file takes no more than this, e.g. 1.2MiB.", metavar="SIZE", rich_help_panel=BUDGET
+        ),
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(min=0, help="Smallest file whose predicted rise is no more than this.", rich_help_panel=BUDGET),
+    ] = None,
+    pareto: Annotated[
+        str | None,
+        typer.Option(
+            help="Only show the predicted rise over a grid of bits per weight, e.g. 2:8:0.25; makes no artifact.",
+            metavar="FROM:TO:STEP",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            help="What is kept small: fisher, trajectory; or, for comparison, weight-mse, random, reverse, uniform.",
+            show_default="trajectory for a trajectory table, else fisher",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    timestep_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="How timesteps count: uniform, snr, sampler or at:T.",
+            show_default=PlanConfig.timestep_weights,
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(help="Formats to choose from.", show_default=",".join(PlanConfig.formats), rich_help_panel=BUDGET),
+    ] = None,
+    ends: Annotated[
+        str | None,
+        typer.Option(
+            help="Format of stem and head.",
+            show_default="chosen like all others; int8 for --score uniform",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="Block groups, one threshold each, e.g. 12/345/6.", rich_help_panel=RULES)
+    ] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="The groups' thresholds, e.g. 0.1/0.01/0.1.", show_default="mean of each")
+        str | None,
+        typer.Option(
+            help="The groups' thresholds, e.g. 0.1/0.01/0.1.", show_default="mean of each", rich_help_panel=RULES
+        ),
     ] = None,
-    threshold: Annotated[float | None, typer.Option(min=0, help="One threshold for the whole model.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, help="One threshold for the whole model.", rich_help_panel=RULES)
+    ] = None,
     ratio: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of each block's tensors that stays high.")
+        float | None,
+        typer.Option(min=0, max=1, help="Share of each block's tensors that stays high.", rich_help_panel=RULES),
     ] = None,
     mean_std: Annotated[
-        float | None, typer.Option(min=0, help="Threshold mean - k std per block, k = clamp(A mean/std, 0.1, 2).")
+        float | None,
+        typer.Option(
+            min=0, help="Threshold mean - k std per block, k = clamp(A mean/std, 0.1, 2).", rich_help_panel=RULES
+        ),
     ] = None,
     uniform: Annotated[
-        str | None, typer.Option(help="Every weight tensor in this format; needs no Fisher values.")
+        str | None,
+        typer.Option(help="Every weight tensor in this format; needs no Fisher values.", rich_help_panel=RULES),
     ] = None,
     at: Annotated[
         str | None,
-        typer.Option(help="Read Fisher values at this timestep, or 'mean'.", show_default=f"{PlanConfig.at}"),
+        typer.Option(
+            help="Read Fisher values at this timestep, or 'mean'.",
+            show_default=f"{PlanConfig.at}",
+            rich_help_panel=RULES,
+        ),
     ] = None,
     low: Annotated[
-        str | None, typer.Option(help="Format below the threshold.", show_default=f"{PlanConfig.low}")
+        str | None,
+        typer.Option(help="Format below the threshold.", show_default=f"{PlanConfig.low}", rich_help_panel=RULES),
     ] = None,
-    high: Annotated[str | None, typer.Option(help="Format above it.", show_default=f"{PlanConfig.high}")] = None,
+    high: Annotated[
+        str | None, typer.Option(help="Format above it.", show_default=f"{PlanConfig.high}", rich_help_panel=RULES)
+    ] = None,
     granularity: Annotated[
         str | None,
         typer.Option(
@@ -69,11 +152,19 @@ def plan(
         bool, typer.Option("--symmetric", help="Integers without zero points: int4 becomes int4sym.")
     ] = False,
 ) -> None:
-    """Choose a format for every parameter, from its Fisher value."""
+    """Choose a format for every parameter, for a byte budget or by a rule on its Fisher value; see also show, diff."""
     from fqdiff.pipeline import Step
     from fqdiff.stages.plan import planned_formats
 
     flags: dict[str, object] = {
+        "target_bpw": target_bpw,
+        "target_size": target_size,
+        "max_loss_increase": max_loss_increase,
+        "pareto": pareto,
+        "score": score,
+        "timestep_weights": timestep_weights,
+        "formats": formats,
+        "ends": ends,
         "groups": groups,
         "thresholds": parse_thresholds(thresholds) if thresholds is not None else None,
         "threshold": threshold,
@@ -88,21 +179,43 @@ def plan(
         "symmetric": symmetric or None,
     }
     given = {name for name, value in flags.items() if value is not None}
-    strategy = choose_strategy(given, set(session.tables().get("plan", {})))
-    flags |= {"strategy": strategy, "low": flags.pop("uniform") or low}
-    config = session.settings("plan", PlanConfig, {}, **flags)
+    from_file = session.tables().get("plan", {})
+    strategy = choose_strategy(given, set(from_file))
+    if (strategy or from_file.get("strategy")) == "budget":
+        inputs = plan_inputs(session, source, (score or from_file.get("score")) != "weight-mse")
+        table_of = inputs.get("fisher")
+        config = budget_config(session, flags, table_of)
+        if pareto is not None:
+            show_pareto(session, inputs["checkpoint"], table_of, config, parse_grid(pareto))
+            return
+    else:
+        foreign = sorted(given & READS_BUDGET)
+        if foreign:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+            raise ConfigError(f"{options} without a budget", "add --target-bpw, --target-size or --max-loss-increase")
+        rules = {name: value for name, value in flags.items() if name not in (*TARGETS, *READS_BUDGET)}
+        rules |= {"strategy": strategy, "low": rules.pop("uniform") or low}
+        config = session.settings("plan", PlanConfig, {}, **rules)
+        inputs = plan_inputs(session, source, config.strategy != "uniform")
+        if config.strategy == "uniform":
+            inputs.pop("fisher", None)
     low_format, high_format = (fmt.name for fmt in planned_formats(config))
-    step = Step("plan", plan_inputs(session, source, config.strategy), config)
+    step = Step("plan", inputs, config, session.seed if config.score == "random" else 0)
     manifest = session.make(step)
     if manifest is None:
         return
     value: Plan = session.runner.load(manifest)
-    rows = plan_rows(value, low_format)
+    rows = block_rows(value) if value.budget is not None else plan_rows(value, low_format)
     full_bytes = only_input(session, manifest, "checkpoint").file("model.safetensors").bytes
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
+    facts = {"budget": vars(value.budget)} if value.budget is not None else {}
     session.result(
-        {**artifact_data(session.store, manifest), **totals, "blocks": rows},
-        lambda: plan_text(manifest, value, (low_format, high_format), rows, full_bytes),
+        {**artifact_data(session.store, manifest), **totals, **facts, "blocks": rows},
+        lambda: (
+            budget_text(manifest, value)
+            if value.budget is not None
+            else plan_text(manifest, value, (low_format, high_format), rows, full_bytes)
+        ),
     )
 
 
@@ -114,9 +227,10 @@ def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
     for given in (flags, in_file):
         named = sorted(given & OWN_SETTINGS.keys())
         if len(named) > 1:
-            raise ConfigError(f"{' and '.join(named)} belong to different strategies", "give one of them")
+            alike = "different targets" if set(named) <= TARGETS else "different strategies"
+            raise ConfigError(f"{' and '.join(named)} belong to {alike}", "give one of them")
         if named:
-            strategy = named[0].replace("_", "-")
+            strategy = "budget" if named[0] in TARGETS else named[0].replace("_", "-")
             foreign = sorted(flags - OWN_SETTINGS[named[0]] - {named[0]} - ANY_STRATEGY)
             if foreign:
                 raise ConfigError(f"strategy '{strategy}' has no use for {', '.join(foreign)}", "leave it out")
@@ -132,13 +246,14 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
         raise ConfigError(f"thresholds '{text}' are not numbers", "one per group, e.g. 0.1/0.01/0.1") from None
 
 
-def plan_inputs(session: Session, ref: str | None, strategy: str) -> "dict[str, Step | Manifest | External]":
+def plan_inputs(session: Session, ref: str | None, needs_table: bool) -> "dict[str, Manifest]":
     """Checkpoint and Fisher table of a plan: of the table named, of the checkpoint named, or the latest."""
-    if strategy == "uniform":
-        found = session.resolve(ref, ("checkpoint", "fisher") if ref else ("checkpoint",))
-        return {"checkpoint": found if found.kind == "checkpoint" else only_input(session, found, "checkpoint")}
+    if not needs_table and ref is None:
+        return {"checkpoint": session.resolve(ref, ("checkpoint",))}
     found = session.resolve(ref, ("checkpoint", "fisher") if ref else ("fisher",))
     if found.kind == "checkpoint":
+        if not needs_table:
+            return {"checkpoint": found}
         tables = [m for m in session.store.manifests("fisher") if (i := m.input("checkpoint")) and i.id == found.id]
         if not tables:
             raise ArtifactNotFound(f"no Fisher table of checkpoint {found.id}", f"fqdiff fisher {found.id}")
@@ -187,11 +302,11 @@ def plan_text(
     cells.append(["header", "", "", f"{full_bytes - full_payload:,}", f"{value.file_bytes - payload:,}"])
     cells.append(["file", "", "", f"{full_bytes:,}", f"{value.file_bytes:,}"])
     header = ("block", f"tensors to {low}", f"weights to {low}", "bytes in float32", "bytes planned")
-    title = f"plan {manifest.id}: {value.strategy}, {value.bits_per_weight:.3f} bits per weight, {mebibytes(value.file_bytes)}"
+
     rest = "everything else stays float32"
     if high != "float32":
         rest = "biases and norms stay float32" + (
             "" if value.strategy == "uniform" else f", all other weights are {high}"
         )
     rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
-    return "\n".join([title, table(header, cells), rest, *rules])
+    return "\n".join([title(manifest, value), table(header, cells), rest, *rules])

@@ -32,12 +32,10 @@ def fisher(
     ] = None,
 ) -> None:
     """Draw a Fisher table: heat maps, curves, weights, errors."""
-    from fqdiff.viz.figures import FORMATS, render
+    from fqdiff.viz.figures import render
     from fqdiff.viz.fisher import DRAW, Subject, applicable
 
-    formats = FORMATS if image_format == "both" else (image_format,)
-    if not set(formats) <= set(FORMATS):
-        raise ConfigError(f"unknown format '{image_format}'", f"one of: {', '.join(FORMATS)}, both")
+    formats = image_formats(image_format)
     for name in picture or []:
         if name not in DRAW:
             raise ConfigError(f"unknown picture '{name}'", f"one of: {', '.join(DRAW)}")
@@ -58,13 +56,53 @@ def fisher(
             figure = DRAW[name](subject)
             files |= {f"{name}.{one}": render(figure, one) for one in formats}
             bar.update()
+    save_pictures(session, "fisher", manifest.id, chosen, files, output)
+
+
+@app.command("plan", epilog="Example: fqdiff plot plan --format png")
+@common(*STORE_OPTIONS)
+def plan(
+    session: Session,
+    ref: Annotated[
+        str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="REF")
+    ] = None,
+    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/plan-ID in the store")
+    ] = None,
+) -> None:
+    """Draw a plan: bits of every weight tensor beside its Fisher value."""
+    from fqdiff.viz.figures import render
+    from fqdiff.viz.plan import bits_and_fisher
+
+    formats = image_formats(image_format)
+    manifest = session.resolve(ref, ("plan",))
+    figure = bits_and_fisher(session.runner.load(manifest), f"plan {manifest.id}")
+    files = {f"bits.{one}": render(figure, one) for one in formats}
+    save_pictures(session, "plan", manifest.id, ["bits"], files, output)
+
+
+def image_formats(name: str) -> tuple[str, ...]:
+    """``png``, ``svg`` or ``both`` as file formats. Raises ConfigError."""
+    from fqdiff.viz.figures import FORMATS
+
+    formats = FORMATS if name == "both" else (name,)
+    if not set(formats) <= set(FORMATS):
+        raise ConfigError(f"unknown format '{name}'", f"one of: {', '.join(FORMATS)}, both")
+    return formats
+
+
+def save_pictures(
+    session: Session, kind: str, artifact: str, names: list[str], files: dict[str, bytes], output: Path | None
+) -> None:
+    """Write ``files`` to the folder ``output``, or to the artifact's own among the store's pictures, and say where."""
     if output is None:
-        folder = f"fisher-{manifest.id}"
+        folder = f"{kind}-{artifact}"
         paths = {session.store.inside("pictures", folder, name): content for name, content in files.items()}
     else:
         paths = {output / name: content for name, content in files.items()}
     write_pictures(paths, replace=output is None)
-    data = {"kind": "fisher", "id": manifest.id, "pictures": chosen, "files": [str(path) for path in paths]}
+    data = {"kind": kind, "id": artifact, "pictures": names, "files": [str(path) for path in paths]}
     session.result(data, lambda: "\n".join(str(path) for path in paths))
 
 

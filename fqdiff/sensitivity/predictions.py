@@ -32,15 +32,15 @@ def trajectory_rise(entry: TrajectoryEntry, squares: Tensor) -> float:
 
 
 def at_timesteps(values: Tensor, timesteps: Tensor, wanted: Tensor) -> Tensor:
-    """``values`` [T], known at ``timesteps``, at the ``wanted`` ones [K]: their logarithm linear in between, constant outside.
+    """``values`` [T, ...], known at ``timesteps``, at the ``wanted`` ones [K, ...]: their logarithm linear, constant outside.
 
     Fisher values span ten decades over the timesteps, and a straight line would follow the largest neighbour.
     """
     if len(timesteps) == 1:
-        return values.expand(len(wanted))
+        return values.expand(len(wanted), *values.shape[1:])
     right = torch.searchsorted(timesteps, wanted).clamp(1, len(timesteps) - 1)
     low, high = timesteps[right - 1].double(), timesteps[right].double()
-    part = ((wanted - low) / (high - low)).clamp(0, 1)
+    part = ((wanted - low) / (high - low)).clamp(0, 1).view(-1, *[1] * (values.ndim - 1))
     logs = values.clamp(min=TINY).log()
     found = torch.lerp(logs[right - 1], logs[right], part).exp()
     return torch.where(found > TINY * 10, found, torch.zeros_like(found))

@@ -1,8 +1,8 @@
-"""Plans: from Fisher values to one format per parameter, by the rules of the layer-adaptive paper.
+"""Plans: from Fisher values to one format per parameter, for a byte budget or by the rules of the layer-adaptive paper.
 
-Candidates are the weight tensors (two axes or more) of the six blocks. Biases and norms, being few, stay float32; the stem
-and the head stay high: they belong to no block group, and low precision at the image is known to ruin it. Only ``uniform``
-lowers their weights too.
+Of the rules, candidates are the weight tensors (two axes or more) of the six blocks. Biases and norms, being few, stay
+float32; the stem and the head stay high: they belong to no block group, and low precision at the image is known to ruin it.
+Only ``uniform`` lowers their weights too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +14,7 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
+from fqdiff.planning.plans import make_offer, make_plan
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import Format, PerTensor, get_format, parse_granularity, without_zero_point
 from fqdiff.quant.granularity import granularities
@@ -26,11 +27,13 @@ Rule = tuple[float, str]  # a threshold, and where it comes from
 
 
 def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig, seed: int, context: Context) -> Plan:
-    """One entry per parameter of ``checkpoint``. A candidate whose score is under its threshold gets ``config.low``.
+    """One entry per parameter of ``checkpoint``: what fits a budget best, or, by a rule, ``config.low`` under a threshold.
 
-    Raises ConfigError for a timestep that the table lacks or a group size that does not divide, LineageError for a table of
-    other parameters.
+    Raises ConfigError for a timestep that the table lacks, a group size that does not divide or a budget that nothing fits,
+    LineageError for a table of other parameters. ``seed`` shuffles the random score.
     """
+    if config.strategy == "budget":
+        return make_plan(make_offer(checkpoint, fisher, config, seed, context), config)
     network = build(checkpoint.spec.architecture, "meta")
     blocks, axes = parameter_blocks(network), output_axes(network)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqdiff.errors import ArtifactCorrupt
+from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, stored_bytes
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
-from fqdiff.store.files import MAKE_AGAIN, read_json, read_tensors, readable, write_tensors
+from fqdiff.store.files import JSON_LIMIT, MAKE_AGAIN, read_json, read_tensors, readable, write_tensors
 from fqdiff.store.fisher_files import load_fisher, save_fisher
 from fqdiff.store.validation import load_validation, save_validation
 from fqdiff.values import (
+    Budget,
     Checkpoint,
     ClassifierWeights,
     Dataset,
@@ -36,6 +37,7 @@ from fqdiff.viz.grids import image_grid, png
 from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
+PLAN_SCHEMA = 2
 LABEL_LIMIT = 65_536
 
 
@@ -150,25 +152,45 @@ def load_checkpoint(directory: Path) -> Checkpoint:
 
 def save_plan(value: Plan, directory: Path) -> None:
     totals = {"file_bytes": value.file_bytes, "parameters": value.parameters, "bits_per_weight": value.bits_per_weight}
-    entries = [asdict(e) for e in value.entries]
-    _write_json(
-        directory / "plan.json", {"schema": 1, "strategy": value.strategy, "totals": totals, "entries": entries}
-    )
+    budget = asdict(value.budget) if value.budget is not None else None
+    head = {"schema": PLAN_SCHEMA, "strategy": value.strategy, "totals": totals, "budget": budget}
+    # One line per entry: what was considered stays on it, and a large model's plan within what is read as JSON.
+    lines = ",\n".join(json.dumps(asdict(e), allow_nan=False) for e in value.entries)
+    content = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + f',\n "entries": [\n{lines}\n]}}\n'
+    if len(content) > JSON_LIMIT:
+        raise ConfigError(
+            f"a plan of {len(content):,} bytes of JSON is more than the {JSON_LIMIT:,} that are read",
+            "give fewer formats to choose from",
+        )
+    (directory / "plan.json").write_text(content)
 
 
 def load_plan(directory: Path) -> Plan:
     path = directory / "plan.json"
     with readable(path, "a plan"):
         data = mapping(read_json(path))
-        if data["schema"] != 1:
-            raise ValueError(f"schema {str(data['schema'])[:20]}; this fqdiff reads schema 1")
+        if data["schema"] != PLAN_SCHEMA:
+            raise ValueError(f"schema {str(data['schema'])[:20]}; this fqdiff reads schema {PLAN_SCHEMA}")
         entries = tuple(_plan_entry(e) for e in items(data["entries"]))
-        value = Plan(text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]))
+        budget = record(Budget, data["budget"]) if data["budget"] is not None else None
+        value = Plan(text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]), budget)
         if not entries or len({e.parameter for e in entries}) < len(entries):
             raise ValueError("it has no entries, or several for one parameter")
         if value.file_bytes < sum(e.bytes for e in entries):
             raise ValueError(f"its file of {value.file_bytes} bytes is smaller than its entries")
+        if budget is not None:
+            _check_budget(budget, value)
         return value
+
+
+def _check_budget(budget: Budget, plan: Plan) -> None:
+    if (budget.target_bytes is None) == (budget.max_loss_increase is None):
+        raise ValueError("its budget has no target, or two")
+    if budget.target_bytes is not None and plan.file_bytes > budget.target_bytes:
+        raise ValueError(f"its file of {plan.file_bytes} bytes is over its budget of {budget.target_bytes}")
+    predicted = sum(e.predicted or 0.0 for e in plan.entries)
+    if abs(predicted - budget.predicted) > 1e-6 * abs(predicted):
+        raise ValueError(f"its entries are predicted {predicted:g}, the whole {budget.predicted:g}")
 
 
 def _plan_entry(data: Any) -> PlanEntry:
@@ -179,6 +201,12 @@ def _plan_entry(data: Any) -> PlanEntry:
     size = stored_bytes(entry.shape, fmt, granularity)
     if entry.bytes != size:
         raise ValueError(f"'{entry.parameter}' takes {size} bytes, not {entry.bytes}")
+    formats = [get_format(a.format).name for a in entry.alternatives]
+    if len(set(formats)) < len(formats) or any(a.predicted < 0 for a in entry.alternatives):
+        raise ValueError(f"the alternatives of '{entry.parameter}' name a format twice, or one less than 0")
+    own = [(a.bytes, a.predicted) for a in entry.alternatives if a.format == entry.format]
+    if entry.alternatives and own != [(entry.bytes, entry.predicted)]:
+        raise ValueError(f"'{entry.parameter}' is not what it says of {entry.format}")
     return entry
 
 

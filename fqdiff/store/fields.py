@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 TEXT_LIMIT = 10_000
@@ -69,12 +69,21 @@ def interval(value: Any) -> tuple[float, float]:
 
 
 def record(kind: type[T], value: Any) -> T:
-    """A dataclass from a table that has its fields and no others, each checked by its type."""
+    """A dataclass from a table that has its fields and no others, each checked by its type; tuples of dataclasses too."""
     given = mapping(value)
     wrong = {f.name for f in fields(kind)} ^ given.keys()  # type: ignore[arg-type]
     if wrong:
         raise ValueError(f"fields missing or unknown: {', '.join(sorted(wrong)[:3])}")
-    return kind(**{name: READERS[hint](given[name]) for name, hint in get_type_hints(kind).items()})
+    return kind(**{name: _reader(hint)(given[name]) for name, hint in get_type_hints(kind).items()})
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
+    if hint in READERS:
+        return READERS[hint]
+    if get_origin(hint) is tuple and is_dataclass(get_args(hint)[0]):
+        kind: type[Any] = get_args(hint)[0]
+        return lambda value: tuple(record(kind, element) for element in items(value))
+    return READERS[hint]
 
 
 def _or_none(read: Callable[[Any], T]) -> Callable[[Any], T | None]:
@@ -89,6 +98,8 @@ READERS: Mapping[Any, Callable[[Any], Any]] = {
     str: text,
     int: count,
     float: number,
+    str | None: _or_none(text),
+    int | None: _or_none(count),
     float | None: _or_none(number),
     tuple[int, ...]: tensor_shape,
     tuple[float, float] | None: _or_none(interval),

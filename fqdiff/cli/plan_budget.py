@@ -1,0 +1,189 @@
+"""What ``fqdiff plan`` has for budgets: targets as flags, the table of a plan, and Pareto curves."""
+
+import math
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from fqdiff.cli.session import Session
+from fqdiff.cli.show import byte_count, mebibytes, table
+from fqdiff.configs import PlanConfig
+from fqdiff.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fqdiff.planning.plans import Point
+    from fqdiff.store.manifest import Manifest
+    from fqdiff.values import Plan, PlanEntry
+
+TARGETS = {"target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"}
+MOST_POINTS = 1000
+
+
+def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
+    """The settings of a budget: flags, then the file, then the score that suits the Fisher table.
+
+    A target among the flags replaces that of the file; a grid of targets stands for its first.
+    """
+    from fqdiff.planning.scores import default_score
+
+    size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
+    chosen = {name: flags[name] for name in ("score", "timestep_weights", "ends", "granularity")}
+    if formats is not None:
+        chosen["formats"] = tuple(part.strip() for part in formats.split(",") if part.strip())
+    targets = {
+        "target_bpw": flags["target_bpw"] if pareto is None else parse_grid(pareto)[0],
+        "target_bytes": byte_count("--target-size", size) if size is not None else None,
+        "max_loss_increase": flags["max_loss_increase"],
+    }
+    if any(value is not None for value in targets.values()):
+        chosen |= {name: getattr(PlanConfig, name) if v is None else v for name, v in targets.items()}
+    kind = str(fisher.recipe.config.get("kind")) if fisher is not None else ""
+    return session.settings("plan", PlanConfig, {"score": default_score(kind)}, strategy="budget", **chosen)
+
+
+def parse_grid(text: str) -> list[float]:
+    """``2:8:0.25`` -> 2.0, 2.25, ... 8.0. Raises ConfigError."""
+    try:
+        start, stop, step = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise ConfigError(f"cannot read the grid '{text}'", "from:to:step in bits per weight, e.g. 2:8:0.25") from None
+    if not (0 < start <= stop <= 64 and 0 < step <= 64) or (stop - start) / step >= MOST_POINTS:
+        raise ConfigError(
+            f"the grid '{text}' is empty, endless or beyond 64 bits", "from:to:step in bits per weight, e.g. 2:8:0.25"
+        )
+    return [start + k * step for k in range(math.floor((stop - start) / step + 1e-9) + 1)]
+
+
+def show_pareto(
+    session: Session, checkpoint: "Manifest", fisher: "Manifest | None", config: PlanConfig, grid: list[float]
+) -> None:
+    """Predicted rise and size of the best plan at every point of ``grid``; no artifact."""
+    from fqdiff.planning.plans import make_offer, pareto
+
+    if session.name is not None or session.dry_run:
+        raise ConfigError("--pareto makes no artifact", "leave --name and --dry-run out")
+    runner = session.runner
+    offer = make_offer(
+        runner.load(checkpoint),
+        runner.load(fisher) if fisher is not None else None,
+        config,
+        session.seed,
+        runner.context,
+    )
+    points = pareto(offer, config, grid, runner.context)
+    data = {
+        "checkpoint": checkpoint.id,
+        "fisher": fisher.id if fisher is not None else None,
+        "score": config.score,
+        "timestep_weights": config.timestep_weights,
+        "points": [vars(point) for point in points],
+    }
+    session.result(data, lambda: pareto_text(config, points))
+
+
+def pareto_text(config: PlanConfig, points: "list[Point]") -> str:
+    """The table of :func:`show_pareto` for people."""
+    cells = [
+        [
+            f"{p.target_bpw:g}",
+            f"{p.target_bytes:,}",
+            f"{p.file_bytes:,}" if p.file_bytes is not None else "too small",
+            f"{p.predicted:.3e}" if p.predicted is not None else "",
+        ]
+        for p in points
+    ]
+    title = f"best plans by predicted rise: score {config.score}, timestep weights {config.timestep_weights}"
+    return title + "\n" + table(("bits per weight", "target bytes", "file bytes", "predicted rise"), cells)
+
+
+def entry_rows(value: "Plan") -> list[dict[str, object]]:
+    """One row per parameter: format, bytes, Fisher value, what it is predicted to do, and the next better format."""
+    return [
+        {
+            "parameter": e.parameter,
+            "block": e.block,
+            "weights": prod(e.shape),
+            "format": e.format,
+            "granularity": e.granularity,
+            "bytes": e.bytes,
+            "score": e.score,
+            "predicted": e.predicted,
+            "constraint": e.constraint,
+            "rule": e.rule,
+            "next": next_better(e),
+        }
+        for e in value.entries
+    ]
+
+
+def next_better(entry: "PlanEntry") -> dict[str, object] | None:
+    """The cheapest alternative that is predicted less, with the bytes that it takes more."""
+    if entry.predicted is None:
+        return None
+    better = [a for a in entry.alternatives if a.predicted < entry.predicted]
+    if not better:
+        return None
+    best = min(better, key=lambda a: a.bytes)
+    return {"format": best.format, "more_bytes": best.bytes - entry.bytes, "predicted": best.predicted}
+
+
+def title(manifest: "Manifest", value: "Plan") -> str:
+    """One line: what the plan is and how large its file will be."""
+    size = f"{value.bits_per_weight:.3f} bits per weight, {mebibytes(value.file_bytes)}"
+    return f"plan {manifest.id}: {value.strategy}, {size}"
+
+
+def facts_text(value: "Plan") -> list[str]:
+    """What the budget was, how much of it is used, and how good the plan is known to be."""
+    b = value.budget
+    if b is None:
+        return []
+    if b.target_bytes is not None:
+        asked = f"target {b.target_bytes:,} bytes, {b.target_bytes - value.file_bytes:,} of them unused"
+        best = f"no plan that fits is predicted less than {b.lower_bound:.4g}"
+    else:
+        asked = f"predicted rise at most {b.max_loss_increase:g}"
+        best = f"no plan that keeps it is smaller than {math.ceil(b.lower_bound):,} bytes"
+    weights = f", timestep weights {b.timestep_weights}" if b.score not in ("trajectory", "weight-mse") else ""
+    return [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}; {best}"]
+
+
+def block_rows(value: "Plan") -> list[dict[str, object]]:
+    """Block by block: how many weights go to which format, payload bytes before and after, the predicted rise."""
+    rows: list[dict[str, object]] = []
+    for block in ("stem", "1", "2", "3", "4", "5", "6", "head"):
+        entries = [e for e in value.entries if e.block == block]
+        formats: dict[str, int] = {}
+        for e in entries:
+            formats[e.format] = formats.get(e.format, 0) + prod(e.shape)
+        rows.append(
+            {
+                "block": block,
+                "tensors": sum(len(e.shape) >= 2 for e in entries),
+                "weights": sum(prod(e.shape) for e in entries),
+                "formats": formats,
+                "bytes_float32": sum(4 * prod(e.shape) for e in entries),
+                "bytes_planned": sum(e.bytes for e in entries),
+                "predicted": sum(e.predicted or 0.0 for e in entries),
+            }
+        )
+    return rows
+
+
+def budget_text(manifest: "Manifest", value: "Plan") -> str:
+    """The table of :func:`block_rows` for people, and how good the plan is known to be."""
+    considered = dict.fromkeys(a.format for e in value.entries for a in e.alternatives)
+    used = [f for f in considered if any(e.format == f for e in value.entries)]
+    cells = []
+    for row in block_rows(value):
+        formats, weights, size = row["formats"], row["weights"], row["bytes_planned"]
+        assert isinstance(formats, dict)
+        assert isinstance(weights, int)
+        assert isinstance(size, int)
+        counts = [f"{formats[f]:,}" if f in formats else "" for f in used]
+        bits = f"{8 * size / weights:.2f}" if weights else ""
+        cells.append([str(row["block"]), *counts, bits, f"{size:,}", f"{row['predicted']:.2e}"])
+    payload = sum(e.bytes for e in value.entries)
+    cells.append(["header", *([""] * (len(used) + 1)), f"{value.file_bytes - payload:,}", ""])
+    cells.append(["file", *([""] * len(used)), f"{value.bits_per_weight:.2f}", f"{value.file_bytes:,}", ""])
+    header = ("block", *(f"in {f}" for f in used), "bits per weight", "bytes", "predicted")
+    return "\n".join([title(manifest, value), table(header, cells), *facts_text(value)])

@@ -1,0 +1,146 @@
+"""The best plan that fits: least predicted rise within a file size, or the smallest file within a predicted rise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fqdiff.errors import ConfigError
+from fqdiff.planning.candidates import Market
+from fqdiff.planning.knapsack import frontier, lower_bound, total
+from fqdiff.quant.formats import get_format
+
+MARGIN = 64.0  # bytes by which the digits of the header's offsets may differ between neighbouring optima
+ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A position in every parameter's options. ``lower_bound``: no plan that fits is predicted less (or, of a limit on the
+    rise, smaller) than this. ``constraint``: "budget", "max-loss-increase" or "none", where the best of all options fits.
+    """
+
+    positions: tuple[int, ...]
+    lower_bound: float
+    constraint: str
+
+
+def best_within(market: Market, target: int) -> Choice:
+    """The choice of least value whose file takes at most ``target`` bytes, header included.
+
+    The header's length depends on all choices together: the optima around the budget, with the header as it was in the last
+    round, are tried with the true size, best first. Then no single better option still fits. Raises ConfigError, naming the
+    smallest size, where nothing fits.
+    """
+    values, costs = market.values, market.costs
+    cheapest = tuple(int(j) for j in costs.argmin(axis=1))
+    if target < (smallest := market.size(cheapest)):
+        raise too_small(target, smallest)
+    wide = keep_everything(market)
+    if market.size(wide) <= target:
+        return Choice(wide, 0.0, "none")
+    best, offset = cheapest, market.size(cheapest) - total(costs, cheapest)
+    highest = float(costs.min(axis=1).sum())
+    for _ in range(ROUNDS):
+        budget = max(target - offset, float(costs.min(axis=1).sum()))
+        highest = max(highest, budget + MARGIN)
+        found = frontier(values, costs, budget - MARGIN, budget + MARGIN)
+        sizes = [market.size(s.choice) for s in found]
+        fitting = [s for s, size in zip(found, sizes, strict=True) if size <= target]
+        if fitting and total(values, fitting[-1].choice) < total(values, best):
+            best = fitting[-1].choice
+        new = sizes[-1] - found[-1].cost if fitting else sizes[0] - found[0].cost + MARGIN
+        if new == offset or (fitting and len(fitting) < len(found)):
+            break
+        offset = new
+    best = polished(market, best, target)
+    bound = min(max(lower_bound(values, costs, highest), 0.0), total(values, best))
+    return Choice(best, bound, "none" if total(values, best) == float(values.min(axis=1).sum()) else "budget")
+
+
+def keep_everything(market: Market) -> tuple[int, ...]:
+    """The choice of the widest format for every parameter."""
+    return tuple(
+        max(range(len(options)), key=lambda j, options=options: get_format(options[j].format).bits)  # type: ignore[misc]
+        for options in market.options.values()
+    )
+
+
+def polished(market: Market, choice: tuple[int, ...], target: int) -> tuple[int, ...]:
+    """``choice`` with single better options put in, the most valuable first, until none fits any more."""
+    values, costs = market.values, market.costs
+    while True:
+        now = np.arange(len(choice)), list(choice)
+        gain = values[now][:, None] - values
+        room = target - market.size(choice) + MARGIN
+        able = (gain > 0) & (costs - costs[now][:, None] <= room)
+        for i, j in sorted(np.argwhere(able).tolist(), key=lambda place: -gain[place[0], place[1]]):
+            changed = (*choice[:i], j, *choice[i + 1 :])
+            if market.size(changed) <= target:
+                choice = changed
+                break
+        else:
+            return choice
+
+
+def smallest_within(market: Market, rise: float) -> Choice:
+    """The smallest file whose predicted rise is at most ``rise``. Raises ConfigError where there is none."""
+    values, costs = market.values, market.costs
+    if rise < (least := float(values.min(axis=1).sum())):
+        raise ConfigError(
+            f"no plan has a predicted rise of {rise:g} or less", f"the least with these formats is {least:g}"
+        )
+    (found,) = frontier(costs, values, rise, rise)
+    choice = found.choice
+    cheapest = tuple(int(j) for j in costs.argmin(axis=1))
+    # Costs take the header's length for fixed. Where it is not, a plan for a few bytes less may keep the limit as well.
+    while market.size(choice) > market.size(cheapest):
+        smaller = best_within(market, market.size(choice) - 1).positions
+        if total(values, smaller) > rise:
+            break
+        choice = smaller
+    header = market.size(choice) - total(costs, choice)
+    constraint = "none" if choice == cheapest else "max-loss-increase"
+    return Choice(choice, lower_bound(costs, values, rise) + header, constraint)
+
+
+def widest_uniform(
+    market: Market, ends: Mapping[str, str], fixed: Mapping[str, str], target: int, rise: float
+) -> Choice:
+    """The widest format that all weight tensors but ``ends`` can have; ``fixed`` are the formats of biases and norms.
+
+    Within ``target`` bytes and a predicted rise of ``rise``; the narrowest that does, for a limit on the rise alone.
+    """
+    weights = [name for name in market.options if name not in fixed and name not in ends]
+    common = [o.format for o in market.options[weights[0]]]
+    for name in weights:
+        common = [f for f in common if any(o.format == f for o in market.options[name])]
+    widths = sorted(common, key=lambda f: get_format(f).bits, reverse=True)
+    tried = []
+    for fmt in widths:
+        allowed = {**dict.fromkeys(weights, fmt), **ends, **fixed}
+        positions = tuple(
+            next(j for j, o in enumerate(options) if o.format == allowed[name])
+            for name, options in market.options.items()
+        )
+        tried.append((positions, market.size(positions), total(market.values, positions)))
+    fitting = [t for t in tried if t[1] <= target and t[2] <= rise]
+    if not fitting and min(size for _, size, _ in tried) > target:
+        raise too_small(target, min(size for _, size, _ in tried))
+    if not fitting:
+        raise ConfigError(
+            f"no single width has a predicted rise of {rise:g} or less", f"the least is {min(t[2] for t in tried):g}"
+        )
+    limited = rise < float("inf")
+    chosen = min(fitting, key=lambda t: t[1]) if limited else fitting[0]
+    first = chosen is (tried[-1] if limited else tried[0])
+    constraint = "none" if first else "max-loss-increase" if limited else "budget"
+    return Choice(chosen[0], float(chosen[1]) if limited else chosen[2], constraint)
+
+
+def too_small(target: int, smallest: int) -> ConfigError:
+    """The error of a target that nothing fits."""
+    return ConfigError(
+        f"no plan fits {target:,} bytes",
+        f"the smallest file with these formats has {smallest:,} bytes: --target-size {smallest}",
+    )

@@ -1,0 +1,118 @@
+"""What a plan tries to keep small: for every weight, by how much an error of it is expected to hurt.
+
+A score of a tensor is an importance per output channel I_c >= 0; a weight error d is valued sum_c I_c * sum of d^2 within c.
+Shapes: T timesteps of a table, K timesteps asked for, O output channels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fqdiff.diffusion.schedule import NoiseSchedule
+from fqdiff.errors import ConfigError, LineageError, NumericalError
+from fqdiff.rng import generator
+from fqdiff.sensitivity.predictions import at_timesteps, sampler_weights
+from fqdiff.values import FisherTable
+
+SAMPLER_STEPS = 50
+MIN_SNR = 5.0
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def default_score(kind: str) -> str:
+    """``trajectory`` for a table of that kind, else ``fisher``."""
+    return "trajectory" if kind == "trajectory" else "fisher"
+
+
+def timestep_weights(name: str, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Timesteps int64 [K], increasing, and the weight of each, float64 [K]; SNR_t = abar_t / (1 - abar_t).
+
+    ``uniform``: 1 / T each. ``snr``: min(SNR_t, 5) / SNR_t, scaled to a sum of 1: an error of eps_t moves the x_0 that it
+    implies by 1 / SNR_t of its square; that, but never more than a fifth (min-SNR, Hang et al. 2023, arXiv:2303.09556).
+    ``sampler``: c_t^2 at the steps of DDIM-50, see :func:`sampler_weights`. ``at:T``: one timestep.
+    """
+    total = schedule.num_train_timesteps
+    if name == "sampler":
+        return sampler_weights(schedule, min(SAMPLER_STEPS, total))
+    if name.startswith("at:"):
+        t = int(name.removeprefix("at:"))
+        if t >= total:
+            raise ConfigError(f"timestep {t} of a model that has {total}", f"use at:0 to at:{total - 1}")
+        return torch.tensor([t]), torch.ones(1, dtype=torch.float64)
+    weights = torch.ones(total, dtype=torch.float64)
+    if name == "snr":
+        abar = schedule.alphas_cumprod
+        weights = (MIN_SNR * (1 - abar) / abar).clamp(max=1)
+    return torch.arange(total), weights / weights.sum()
+
+
+def fisher_importance(table: FisherTable, weighting: str, schedule: NoiseSchedule, shapes: Shapes) -> dict[str, Tensor]:
+    """1/2 sum_t weight_t F_t,c of every parameter, float64 [O], or [1] from a table without channels.
+
+    Between the table's timesteps, log F is taken for linear.
+    """
+    if table.kind == "trajectory":
+        raise ConfigError("the trajectory table knows no loss by timestep", "use --score trajectory")
+    check_parameters(table.entries.keys(), shapes)
+    wanted, weights = timestep_weights(weighting, schedule)
+    if weighting.startswith("at:") and not (table.timesteps == wanted).any():
+        near = int(table.timesteps[(table.timesteps - wanted).abs().argmin()])
+        raise ConfigError(
+            f"the Fisher table has no timestep {int(wanted)}",
+            f"the nearest is {near}: --timestep-weights at:{near}, or fqdiff fisher with more timesteps",
+        )
+    found = {}
+    for name, entry in table.entries.items():
+        curves = entry.channel.double() if entry.channel.shape[1] else entry.mean[:, None]
+        check_values(name, curves)  # before the logarithm, which would take what is no number for 0
+        found[name] = 0.5 * weights @ at_timesteps(curves, table.timesteps, wanted)
+    return checked(found, shapes)
+
+
+def trajectory_importance(table: FisherTable, shapes: Shapes) -> dict[str, Tensor]:
+    """1/2 F_c of the sampler's whole run of every parameter, float64 [O]: what half the squared image error rises by."""
+    if not table.trajectory:
+        raise ConfigError(
+            f"the {table.kind} Fisher table holds no sampler run",
+            "use --score fisher, or fqdiff fisher --kind trajectory",
+        )
+    check_parameters(table.trajectory.keys(), shapes)
+    rows = table.trajectory.items()
+    means = {n: torch.tensor([e.mean], dtype=torch.float64) for n, e in rows if not len(e.channel)}
+    return checked({n: 0.5 * means.get(n, e.channel.double()) for n, e in rows}, shapes)
+
+
+def check_parameters(known: object, shapes: Shapes) -> None:
+    """Raise LineageError unless a table's parameters are the checkpoint's."""
+    if known != shapes.keys():
+        raise LineageError("the Fisher table is of another model", "run fqdiff fisher on this checkpoint")
+
+
+def checked(importance: dict[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """``importance``, in the order of ``shapes``. Raises NumericalError where a value is NaN, infinite or negative."""
+    for name, values in importance.items():
+        check_values(name, values)
+    return {name: importance[name] for name in shapes}
+
+
+def check_values(name: str, values: Tensor) -> None:
+    """Raise NumericalError unless ``values`` are numbers of 0 or more."""
+    if not ((values >= 0) & (values < float("inf"))).all():
+        raise NumericalError(f"the Fisher value of '{name}' is NaN, infinite or negative", "run fqdiff fisher again")
+
+
+def exchanged(importance: Mapping[str, Tensor], score: str, seed: int) -> dict[str, Tensor]:
+    """Every tensor with the mean importance of another: controls, as many values to tell apart, in the wrong places.
+
+    ``reverse``: the k-th highest gets the k-th lowest. ``random``: shuffled by ``seed``.
+    """
+    means = {name: float(values.mean()) for name, values in importance.items()}
+    ordered = sorted(means, key=means.__getitem__)
+    if score == "reverse":
+        donors = ordered[::-1]
+    else:
+        shuffled = torch.randperm(len(ordered), generator=generator(seed, "plan score"))
+        donors = [ordered[k] for k in shuffled.tolist()]
+    given = {name: means[donor] for name, donor in zip(ordered, donors, strict=True)}
+    return {name: torch.tensor([given[name]], dtype=torch.float64) for name in importance}

@@ -1,0 +1,168 @@
+"""``fqdiff plan`` with a budget, ``plan show``, ``plan diff`` and ``plot plan``."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fqdiff.cli.plan_show import diff_rows
+from fqdiff.errors import LineageError
+from fqdiff.pipeline import Runner
+from fqdiff.store.store import Store
+from tests.test_cli import call, good
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with an empirical and a trajectory table, and two plans of 4 bits per weight."""
+    folder = tmp_path_factory.mktemp("planning") / "store"
+    good(folder, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20", "--name", "tiny-fp32")
+    good(folder, "fisher", "--timesteps", "4", "--samples", "2", "--name", "empirical")
+    good(folder, "fisher", "--kind", "trajectory", "--steps", "3", "--samples", "2", "--name", "run")
+    good(folder, "plan", "empirical", "--target-bpw", "6", "--name", "by-fisher")
+    good(folder, "plan", "empirical", "--target-bpw", "6", "--score", "random", "--seed", "3", "--name", "by-chance")
+    return folder
+
+
+def test_a_size_is_kept_from_the_plan_to_the_file(store: Path) -> None:
+    made = good(store, "plan", "empirical", "--target-size", "90KiB", "--name", "by-size")
+    assert made["strategy"] == "budget"
+    assert made["budget"]["target_bytes"] == 90 * 1024  # type: ignore[index]
+    small = good(store, "quantize", "by-size")
+    assert small["file_bytes"] == made["file_bytes"] == Path(str(small["file"])).stat().st_size <= 90 * 1024
+
+
+def test_the_score_follows_the_table_and_the_recipe_holds_it(store: Path) -> None:
+    scores = {}
+    for ref in ("empirical", "run"):
+        made = good(store, "plan", ref, "--target-bpw", "6")
+        scores[ref] = Store(store).resolve(str(made["id"])).recipe.config["score"]
+    assert scores == {"empirical": "fisher", "run": "trajectory"}
+    by_name = good(store, "plan", "run", "--target-bpw", "6", "--score", "trajectory")
+    assert by_name["id"] == good(store, "plan", "run", "--target-bpw", "6")["id"]
+
+
+def test_only_chance_depends_on_the_seed(store: Path) -> None:
+    def made(*flags: str) -> object:
+        return good(store, "plan", "empirical", "--target-bpw", "6", *flags, "--dry-run")["id"]
+
+    assert made("--seed", "1") == made("--seed", "2")
+    assert made("--score", "random", "--seed", "1") != made("--score", "random", "--seed", "2")
+
+
+def test_weight_error_needs_no_fisher_values(store: Path) -> None:
+    made = good(store, "plan", "tiny-fp32", "--score", "weight-mse", "--target-bpw", "7")
+    assert made["inputs"].keys() == {"checkpoint"}  # type: ignore[attr-defined]
+
+
+def test_a_plan_tells_how_good_it_is(store: Path) -> None:
+    text = call(store, "plan", "empirical", "--target-bpw", "6").stdout
+    assert "bits per weight" in text
+    assert "no plan that fits is predicted less than" in text
+    text = call(store, "plan", "empirical", "--max-loss-increase", "0.5").stdout
+    assert "predicted rise at most 0.5" in text
+
+
+def test_a_target_that_is_too_small_names_the_smallest_size(store: Path) -> None:
+    before = [m.id for m in Store(store).manifests()]
+    result = call(store, "plan", "empirical", "--target-size", "1KiB")
+    assert result.exit_code == 2
+    hint = result.stderr.splitlines()[-1]
+    least = hint.split("--target-size ")[1]
+    assert [m.id for m in Store(store).manifests()] == before
+    assert good(store, "plan", "empirical", "--target-size", least)["file_bytes"] == int(least)
+
+
+def test_show_lists_every_parameter_with_what_would_be_next(store: Path) -> None:
+    data = good(store, "plan", "show", "by-fisher")
+    entries = data["entries"]
+    assert isinstance(entries, list)
+    plan = Runner(Store(store)).load(Store(store).resolve("by-fisher"))
+    assert [e["parameter"] for e in entries] == [e.parameter for e in plan.entries]
+    limited = [e for e in entries if e["constraint"] == "budget"]
+    assert limited
+    assert all(e["next"]["more_bytes"] > 0 and e["next"]["predicted"] < e["predicted"] for e in limited)
+    text = call(store, "plan", "show", "by-fisher").stdout
+    assert "block4.res1.conv1.weight" in text
+    good(store, "plan", "empirical", "--groups", "12/345/6", "--at", "0", "--name", "by-groups")
+    assert "group 345: its mean Fisher value" in call(store, "plan", "show", "by-groups").stdout
+
+
+def test_diff_names_what_changed_and_adds_up(store: Path) -> None:
+    data = good(store, "plan", "diff", "by-fisher", "by-chance")
+    plans = [Runner(Store(store)).load(Store(store).resolve(name)) for name in ("by-fisher", "by-chance")]
+    changed = data["changed"]
+    assert isinstance(changed, list)
+    assert changed
+    assert sum(row["bytes"] for row in changed) == sum(e.bytes for e in plans[1].entries) - sum(
+        e.bytes for e in plans[0].entries
+    )
+    assert sum(row["predicted_b"] - row["predicted_a"] for row in changed) > 0
+    assert good(store, "plan", "diff", "by-fisher", "by-fisher")["changed"] == []
+    assert "parameters differ" in call(store, "plan", "diff", "by-fisher", "by-chance").stdout
+
+
+def test_a_pareto_curve_is_shown_and_nothing_is_made(store: Path) -> None:
+    before = [m.id for m in Store(store).manifests()]
+    points = good(store, "plan", "empirical", "--pareto", "3:8:0.5")["points"]
+    assert isinstance(points, list)
+    assert [p["target_bpw"] for p in points] == [3 + 0.5 * k for k in range(11)]
+    assert points[0]["file_bytes"] is None
+    rises = [p["predicted"] for p in points if p["predicted"] is not None]
+    assert rises == sorted(rises, reverse=True)
+    assert "too small" in call(store, "plan", "empirical", "--pareto", "3:8:0.5").stdout
+    assert [m.id for m in Store(store).manifests()] == before
+
+
+def test_a_plan_is_drawn(store: Path, tmp_path: Path) -> None:
+    files = good(store, "plot", "plan", "by-fisher", "--output", str(tmp_path / "out"))["files"]
+    assert isinstance(files, list)
+    png, svg = (Path(f).read_bytes() for f in files)
+    assert png[:4] == b"\x89PNG"
+    assert b"bits per weight" in svg
+    assert b"Fisher value" in svg
+    good(store, "plan", "tiny-fp32", "--uniform", "int4", "--name", "plain")
+    files = good(store, "plot", "plan", "plain", "--format", "svg", "--output", str(tmp_path / "plain"))["files"]
+    assert isinstance(files, list)
+    assert b"no Fisher values" in Path(files[0]).read_bytes()
+
+
+def test_a_target_in_the_file_gives_way_to_a_flag(store: Path, tmp_path: Path) -> None:
+    config = tmp_path / "fqdiff.toml"
+    config.write_text('[plan]\ntarget_bpw = 4.0\nscore = "reverse"\nformats = ["float32", "int8", "int2"]\n')
+    chosen = good(store, "plan", "empirical", "--config", str(config), "--dry-run")["config"]
+    assert isinstance(chosen, dict)
+    assert (chosen["strategy"], chosen["target_bpw"], chosen["score"]) == ("budget", 4.0, "reverse")
+    assert chosen["formats"] == ["float32", "int8", "int2"]
+    flags = ("--target-size", "1MB", "--score", "fisher")
+    chosen = good(store, "plan", "empirical", "--config", str(config), *flags, "--dry-run")["config"]
+    assert isinstance(chosen, dict)
+    assert (chosen["target_bpw"], chosen["target_bytes"], chosen["score"]) == (0.0, 1_000_000, "fisher")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-bpw", "6", "--target-size", "1MB"], "different targets"),
+        (["--target-bpw", "6", "--ratio", "0.5"], "different strategies"),
+        (["--target-bpw", "6", "--at", "5"], "has no use for at"),
+        (["--target-size", "much"], "cannot read --target-size"),
+        (["--target-bpw", "6", "--score", "luck"], "unknown score 'luck'"),
+        (["--target-bpw", "6", "--formats", "int9,int4"], "unknown format 'int9'"),
+        (["--score", "random"], "--score without a budget"),
+        (["--pareto", "8:2:1"], "the grid '8:2:1'"),
+        (["--pareto", "2:8"], "cannot read the grid"),
+        (["--pareto", "2:8:1", "--name", "x"], "makes no artifact"),
+        (["--groups", "12/345/6", "--ends", "int8"], "has no use for ends"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(store: Path, arguments: list[str], message: str) -> None:
+    result = call(store, "plan", "empirical", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_plans_of_different_models_are_not_compared(store: Path) -> None:
+    plan = Runner(Store(store)).load(Store(store).resolve("by-fisher"))
+    with pytest.raises(LineageError, match="different models"):
+        diff_rows(plan, replace(plan, entries=plan.entries[1:]))
