@@ -303,15 +303,23 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """How the digits feature network is trained."""
+    """How the digits feature network is trained: every image moved by up to ``shift`` of its side, turned by up to
+    ``rotation`` degrees and resized by up to 1 +- ``scaling``, anew each time it is seen.
+    """
 
-    epochs: int = 12
+    epochs: int = 24
     batch_size: int = 100
     learning_rate: float = 2e-3
+    shift: float = 0.06
+    rotation: float = 10.0
+    scaling: float = 0.1
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"epochs is {self.epochs}", "train for at least one epoch")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}", "use 1 or more")
+        require(0 <= self.shift < 1, f"shift is {self.shift}", "use a share of the side, e.g. 0.06")
+        require(0 <= self.rotation <= 180, f"rotation is {self.rotation}", "use 0 to 180 degrees")
+        require(0 <= self.scaling < 1, f"scaling is {self.scaling}", "use a share below 1, e.g. 0.1")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}", "use a positive rate, e.g. 2e-3")
 
 

@@ -11,6 +11,7 @@ from fqdiff.configs import ClassifierConfig, FidConfig, PlanConfig, QuantizeConf
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
 from fqdiff.evidence.bootstrap import difference_interval
+from fqdiff.evidence.digits import moved
 from fqdiff.evidence.features import FeatureNetwork, as_rgb, inception_features, to_uint8, to_unit_range
 from fqdiff.evidence.frechet import (
     FeatureStatistics,
@@ -162,6 +163,27 @@ def test_missing_and_wrong_inception_weights_are_one_clear_error(tmp_path: Path)
     (tmp_path / "text.pt").write_text("not a network")
     with pytest.raises(DataError, match="is not clean-fid's Inception"):
         load_inception(tmp_path / "text.pt")
+
+
+def test_images_are_moved_no_further_than_asked() -> None:
+    images = torch.zeros(200, 1, 32, 32) - 1
+    images[:, :, 14:18, 14:18] = 1
+    draw = torch.Generator().manual_seed(0)
+    assert torch.allclose(moved(images, 0.0, 0.0, 0.0, draw), images, atol=1e-5)
+    light = moved(images, 0.125, 0.0, 0.0, draw) + 1
+    place = torch.arange(32) + 0.5
+    down = (light.sum(dim=(1, 3)) * place).sum(dim=1) / light.sum(dim=(1, 2, 3)) - 16
+    across = (light.sum(dim=(1, 2)) * place).sum(dim=1) / light.sum(dim=(1, 2, 3)) - 16
+    for shift in (down, across):
+        assert 3 < float(shift.abs().max()) <= 4.01
+        assert abs(float(shift.mean())) < 0.6
+    assert not torch.allclose(down, across, atol=0.5)
+    larger = moved(images, 0.0, 0.0, 0.5, draw).add(1).sum(dim=(1, 2, 3)) / 32
+    assert float(larger.min()) < 0.6
+    assert float(larger.max()) > 2
+    assert torch.allclose(
+        moved(images, 0.0, 180.0, 0.0, draw).add(1).sum(dim=(1, 2, 3)) / 32, torch.ones(200), atol=0.1
+    )
 
 
 def test_the_classifier_learns_and_is_deterministic(dataset: Dataset) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fqdiff.configs import ClassifierConfig
 from fqdiff.context import Context
 from fqdiff.errors import DataError
-from fqdiff.evidence.digits import DigitClassifier, in_batches
+from fqdiff.evidence.digits import DigitClassifier, in_batches, moved
 from fqdiff.evidence.features import to_unit_range
 from fqdiff.rng import derive_seed, generator
 from fqdiff.values import ClassifierWeights, Dataset
@@ -30,10 +30,12 @@ def classifier(dataset: Dataset, config: ClassifierConfig, seed: int, context: C
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with context.progress(steps, "classifier", "step") as bar:
         for epoch in range(config.epochs):
-            order = torch.randperm(len(images), generator=generator(seed, "classifier", epoch))
+            draw = generator(seed, "classifier", epoch)
+            order = torch.randperm(len(images), generator=draw)
             for chosen in order.split(config.batch_size):
                 optimizer.zero_grad()
-                F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
+                batch = moved(images[chosen], config.shift, config.rotation, config.scaling, draw)
+                F.cross_entropy(network(batch), labels[chosen]).backward()
                 optimizer.step()
                 fall.step()
                 bar.update()
