@@ -136,16 +136,23 @@ GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
 TARGETS = ("target_bpw", "target_bytes", "max_loss_increase")
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
 SCORES = ("fisher", "trajectory", "weight-mse", "random", "reverse", "uniform")
+RANGES = ("min-max", "mse", "fisher", "percentile")
+ROUNDINGS = ("nearest", "squant")
 TIMESTEP_WEIGHTS = ("uniform", "snr", "sampler")
-LADDER = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2")
+LADDER = (
+    *("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2"),
+    *("ternary", "codebook4", "codebook3", "codebook2"),
+)
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     """How a precision is chosen for every parameter. One strategy, and the settings that it reads.
 
-    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE; ``scale``: what scales are stored in; ``symmetric``:
-    integers without zero points.
+    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE, of a budget several with commas; ``scale``: what scales are
+    stored in; ``symmetric``: integers without zero points; ``ranges``: what the codes of integers span, of a budget several,
+    empty for the default; ``rounding``: how codes are chosen.
+
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
     kept small, ``formats`` what there is to choose from, and ``ends`` the format of stem and head, empty for any.
     """
@@ -162,6 +169,8 @@ class PlanConfig:
     granularity: str = "channel"
     scale: str = "float32"
     symmetric: bool = False
+    ranges: tuple[str, ...] = ()
+    rounding: str = "nearest"
     target_bpw: float = 0.0
     target_bytes: int = 0
     max_loss_increase: float = -1.0
@@ -187,10 +196,19 @@ class PlanConfig:
             f"cannot read the Fisher table at '{self.at}'",
             "a timestep such as 1, or 'mean'",
         )
+        for granularity in self.granularity.split(","):
+            require(
+                granularity in ("tensor", "channel") or GROUPS.fullmatch(granularity) is not None,
+                f"unknown granularity '{granularity}'",
+                "tensor, channel, group:SIZE such as group:32, or group-near:SIZE",
+            )
+        for name in self.ranges:
+            require(name in RANGES, f"unknown range '{name}'", f"one of: {', '.join(RANGES)}")
+        require(self.rounding in ROUNDINGS, f"unknown rounding '{self.rounding}'", f"one of: {', '.join(ROUNDINGS)}")
         require(
-            self.granularity in ("tensor", "channel") or GROUPS.fullmatch(self.granularity) is not None,
-            f"unknown granularity '{self.granularity}'",
-            "tensor, channel, group:SIZE such as group:32, or group-near:SIZE",
+            self.strategy == "budget" or (len(self.ranges) < 2 and "," not in self.granularity),
+            "several ranges or granularities to choose from, without a budget",
+            "give one, or add --target-bpw",
         )
         require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
         self._check_budget()
@@ -307,7 +325,7 @@ class ClassifierConfig:
     ``rotation`` degrees and resized by up to 1 +- ``scaling``, anew each time it is seen.
     """
 
-    epochs: int = 24
+    epochs: int = 40
     batch_size: int = 100
     learning_rate: float = 2e-3
     shift: float = 0.06

@@ -19,6 +19,7 @@ from fqdiff.models.registry import build
 from fqdiff.quant.container import Description
 from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
+from fqdiff.quant.ranges import FISHER
 
 Tensors = Mapping[str, Tensor]
 
@@ -209,9 +210,11 @@ class FisherTable:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A format that a parameter could have had: its payload ``bytes``, and what it was ``predicted`` to do."""
+    """How a parameter could have been stored: its payload ``bytes``, and what it was ``predicted`` to do."""
 
     format: str
+    granularity: str
+    range: str
     bytes: int
     predicted: float
 
@@ -219,6 +222,8 @@ class Alternative:
 @dataclass(frozen=True)
 class PlanEntry:
     """What becomes of one parameter, and why. ``bytes`` is its payload in the file, scales and zero points included.
+
+    ``range``: which weights the codes span, one of RANGES; ``rounding``: one of ROUNDINGS.
 
     Of a plan with a budget also: what the format chosen is ``predicted`` to do, all ``alternatives`` with it among them, and
     the ``constraint`` that kept a better one away ("none" where it is the best).
@@ -229,6 +234,8 @@ class PlanEntry:
     shape: tuple[int, ...]
     format: str
     granularity: str
+    range: str
+    rounding: str
     score: float | None
     threshold: float | None
     rule: str
@@ -263,6 +270,11 @@ class Plan:
     entries: tuple[PlanEntry, ...]
     file_bytes: int
     budget: Budget | None = None
+
+    @property
+    def fits_fisher(self) -> bool:
+        """Whether carrying it out takes the Fisher values of single weights."""
+        return any(e.range == FISHER for e in self.entries)
 
     @property
     def parameters(self) -> int:

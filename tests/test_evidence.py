@@ -235,7 +235,7 @@ def test_a_quantized_model_is_sampled_from_its_packed_tensors_alone(checkpoint: 
     weights = {name: t.clone() for name, t in checkpoint.tensors.items()}
     source = Checkpoint(checkpoint.spec, weights, checkpoint.loss, checkpoint.preview)
     low = plan(source, None, PlanConfig("uniform", low="int4"), 0, Context())
-    packed = quantize(source, low, QuantizeConfig(), 0, Context())
+    packed = quantize(source, low, None, QuantizeConfig(), 0, Context())
     before = sample(packed, SampleConfig(steps=4, count=4), 0, Context()).images
     for tensor in weights.values():
         tensor.fill_(float("nan"))
@@ -249,6 +249,7 @@ def test_a_float32_plan_changes_no_pixel(checkpoint: Checkpoint) -> None:
     same = quantize(
         checkpoint,
         plan(checkpoint, None, PlanConfig("uniform", low="float32"), 0, Context()),
+        None,
         QuantizeConfig(),
         0,
         Context(),

@@ -44,7 +44,7 @@ def collected(network: nn.Module, inputs: Inputs, cotangent: Tensor) -> dict[str
 
     def collect(name: str, pieces: rules.Pieces) -> None:
         assert name not in found
-        found[name] = torch.cat(list(pieces))
+        found[name] = torch.cat([piece.clone() for piece in pieces])
 
     per_sample_backward(network, lambda: network(*inputs), lambda y: cotangent.expand_as(y), collect)
     return found
@@ -259,7 +259,7 @@ def test_gradients_come_in_pieces_that_add_up(monkeypatch: pytest.MonkeyPatch, p
     found = {}
 
     def collect(name: str, pieces: rules.Pieces) -> None:
-        kept = list(pieces)
+        kept = [piece.clone() for piece in pieces]
         counts[name] = len(kept)
         found[name] = squares(iter(kept), 2, 6)
 

@@ -53,7 +53,7 @@ def test_the_file_has_the_planned_size_to_the_byte(
     checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, name: str
 ) -> None:
     made = make(checkpoint, fisher_table, CONFIGS[name])
-    save_quantized(quantize(checkpoint, made, QuantizeConfig(), 0, Context()), tmp_path)
+    save_quantized(quantize(checkpoint, made, None, QuantizeConfig(), 0, Context()), tmp_path)
     path = tmp_path / "model.safetensors"
     assert path.stat().st_size == made.file_bytes
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
@@ -65,7 +65,7 @@ def test_the_file_has_the_planned_size_to_the_byte(
 def test_a_quantized_checkpoint_loads_back_bit_exactly(
     checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, name: str
 ) -> None:
-    made = quantize(checkpoint, make(checkpoint, fisher_table, CONFIGS[name]), QuantizeConfig(), 0, Context())
+    made = quantize(checkpoint, make(checkpoint, fisher_table, CONFIGS[name]), None, QuantizeConfig(), 0, Context())
     save_quantized(made, tmp_path)
     loaded = load_quantized(tmp_path)
     assert loaded.spec == made.spec
@@ -79,7 +79,7 @@ def test_the_file_opens_with_plain_safetensors(
     checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path
 ) -> None:
     save_quantized(
-        quantize(checkpoint, make(checkpoint, fisher_table, CONFIGS["uniform"]), QuantizeConfig(), 0, Context()),
+        quantize(checkpoint, make(checkpoint, fisher_table, CONFIGS["uniform"]), None, QuantizeConfig(), 0, Context()),
         tmp_path,
     )
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
@@ -259,7 +259,7 @@ def test_a_strategy_without_fisher_values_says_what_to_do(checkpoint: Checkpoint
 def test_a_plan_for_another_model_is_refused(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
     made = make(checkpoint, fisher_table, PlanConfig())
     with pytest.raises(LineageError, match="another model"):
-        quantize(checkpoint, replace(made, entries=made.entries[1:]), QuantizeConfig(), 0, Context())
+        quantize(checkpoint, replace(made, entries=made.entries[1:]), None, QuantizeConfig(), 0, Context())
 
 
 def test_nan_weights_are_refused_when_quantizing(checkpoint: Checkpoint) -> None:
@@ -269,4 +269,4 @@ def test_nan_weights_are_refused_when_quantizing(checkpoint: Checkpoint) -> None
         "stem.conv.weight": torch.full_like(checkpoint.tensors["stem.conv.weight"], float("nan")),
     }
     with pytest.raises(QuantizationError, match="NaN"):
-        quantize(replace(checkpoint, tensors=broken), made, QuantizeConfig(), 0, Context())
+        quantize(replace(checkpoint, tensors=broken), made, None, QuantizeConfig(), 0, Context())

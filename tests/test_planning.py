@@ -201,7 +201,7 @@ def test_the_quantized_file_has_the_planned_size(
     checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, score: str, bits: float
 ) -> None:
     made = plan(checkpoint, fisher_table, budget_config(target_bpw=bits, score=score), 0, Context())
-    save_quantized(quantize(checkpoint, made, QuantizeConfig(), 0, Context()), tmp_path)
+    save_quantized(quantize(checkpoint, made, None, QuantizeConfig(), 0, Context()), tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size == made.file_bytes <= bits * made.parameters / 8
     assert predicted_file_bytes(checkpoint, made.entries) == made.file_bytes
     assert made.bits_per_weight <= bits
@@ -287,8 +287,10 @@ def test_the_fisher_plan_is_predicted_less_than_every_control(
         score: plan(checkpoint, fisher_table, budget_config(score=score), 0, Context())
         for score in ("fisher", "weight-mse", "random", "reverse", "uniform")
     }
-    priced = {(e.parameter, a.format): a.predicted for e in plans["fisher"].entries for a in e.alternatives}
-    rises = {s: sum(priced[e.parameter, e.format] for e in made.entries) for s, made in plans.items()}
+    priced = {
+        (e.parameter, a.format, a.granularity): a.predicted for e in plans["fisher"].entries for a in e.alternatives
+    }
+    rises = {s: sum(priced[e.parameter, e.format, e.granularity] for e in made.entries) for s, made in plans.items()}
     assert all(rises["fisher"] < rise for score, rise in rises.items() if score != "fisher")
     assert rises["reverse"] > rises["weight-mse"]
 

@@ -160,13 +160,18 @@ def tiny_value(kind: str) -> Any:
                 tuple(t.shape),
                 chosen[name].name,
                 str(grains[name]),
+                "min-max",
+                "nearest",
                 0.25,
                 None,
                 "a rule",
                 sizes[name],
                 0.0,
                 "none",
-                (Alternative(chosen[name].name, sizes[name], 0.0), Alternative("int3", 5, 0.5)),
+                (
+                    Alternative(chosen[name].name, str(grains[name]), "min-max", sizes[name], 0.0),
+                    Alternative("int3", "channel:0", "mse", 5, 0.5),
+                ),
             )
             for name, t in tensors.items()
         ]

@@ -20,9 +20,9 @@ from fqdiff.diffusion.samplers import ddim
 from fqdiff.diffusion.schedule import make_schedule
 from fqdiff.errors import ConfigError, DataError, LineageError
 from fqdiff.evidence.correlation import bootstrap_spearman, percentile_interval, ranks, spearman
-from fqdiff.quant.clipping import least_error_qparams
 from fqdiff.quant.formats import PerChannel, get_format
 from fqdiff.quant.qparams import choose_qparams, dequantize, quantize
+from fqdiff.quant.ranges import least_error_qparams
 from fqdiff.rng import generator
 from fqdiff.sensitivity import rivals
 from fqdiff.sensitivity.candidates import channel_errors, group_by_tensor, make_candidates, quantized_weight

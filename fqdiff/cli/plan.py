@@ -6,10 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.groups import DefaultCommand
-from fqdiff.cli.plan_budget import TARGETS, block_rows, budget_config, budget_text, parse_grid, show_pareto, title
+from fqdiff.cli.plan_budget import (
+    GRAINS,
+    TARGETS,
+    block_rows,
+    budget_config,
+    budget_text,
+    parse_grid,
+    show_pareto,
+    title,
+)
 from fqdiff.cli.session import COMMON_OPTIONS, Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
-from fqdiff.configs import SCALES, PlanConfig
+from fqdiff.configs import RANGES, ROUNDINGS, SCALES, PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +26,7 @@ if TYPE_CHECKING:
     from fqdiff.values import Plan
 
 READS_FISHER = {"at", "low", "high"}
-ANY_STRATEGY = {"granularity", "scale", "symmetric"}
+ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"}
 READS_BUDGET = {"score", "timestep_weights", "formats", "ends"}
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
@@ -142,11 +151,26 @@ def make(
         str | None,
         typer.Option(
             help="One scale per tensor, per channel, per group:SIZE of a channel's weights, or group-near:SIZE.",
-            show_default=f"{PlanConfig.granularity}",
+            show_default=f"{PlanConfig.granularity}; for a budget {','.join(GRAINS)}",
         ),
     ] = None,
     scale: Annotated[
-        str | None, typer.Option(help=f"Store scales in {' or '.join(SCALES)}.", show_default=f"{PlanConfig.scale}")
+        str | None,
+        typer.Option(
+            help=f"Store scales in {' or '.join(SCALES)}.", show_default=f"{PlanConfig.scale}; for a budget float16"
+        ),
+    ] = None,
+    range_: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            help=f"What integer codes span: {', '.join(RANGES)}; of a budget several, with commas.",
+            show_default="min-max; for a budget also fisher, if the table has single weights",
+        ),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help=f"How codes are chosen: {' or '.join(ROUNDINGS)}.", show_default=f"{PlanConfig.rounding}"),
     ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Integers without zero points: int4 becomes int4sym.")
@@ -177,6 +201,8 @@ def make(
         "granularity": granularity,
         "scale": scale,
         "symmetric": symmetric or None,
+        "ranges": parse_names(range_) if range_ is not None else None,
+        "rounding": rounding,
     }
     given = {name for name, value in flags.items() if value is not None}
     from_file = session.tables().get("plan", {})
@@ -199,12 +225,12 @@ def make(
         inputs = plan_inputs(session, source, config.strategy != "uniform")
         if config.strategy == "uniform":
             inputs.pop("fisher", None)
-    low_format, high_format = (fmt.name for fmt in planned_formats(config))
     step = Step("plan", inputs, config, session.seed if config.score == "random" else 0)
     manifest = session.make(step)
     if manifest is None:
         return
     value: Plan = session.runner.load(manifest)
+    low_format, high_format = (config.low, config.high) if value.budget else (f.name for f in planned_formats(config))
     rows = block_rows(value) if value.budget is not None else plan_rows(value, low_format)
     full_bytes = only_input(session, manifest, "checkpoint").file("model.safetensors").bytes
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
@@ -236,6 +262,11 @@ def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
                 raise ConfigError(f"strategy '{strategy}' has no use for {', '.join(foreign)}", "leave it out")
             return strategy if "strategy" not in in_file or given is flags else None
     return None
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """``min-max,fisher`` as names."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

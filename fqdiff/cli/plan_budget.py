@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TARGETS = {"target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"}
 MOST_POINTS = 1000
+GRAINS = ("tensor", "channel", "group-near:64")  # what a budget chooses from unless it is told otherwise
 
 
 def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
@@ -26,7 +27,8 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
     from fqdiff.planning.scores import default_score
 
     size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
-    chosen = {name: flags[name] for name in ("score", "timestep_weights", "ends", "granularity")}
+    names = ("score", "timestep_weights", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
+    chosen = {name: flags[name] for name in names}
     if formats is not None:
         chosen["formats"] = tuple(part.strip() for part in formats.split(",") if part.strip())
     targets = {
@@ -37,7 +39,8 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
     if any(value is not None for value in targets.values()):
         chosen |= {name: getattr(PlanConfig, name) if v is None else v for name, v in targets.items()}
     kind = str(fisher.recipe.config.get("kind")) if fisher is not None else ""
-    return session.settings("plan", PlanConfig, {"score": default_score(kind)}, strategy="budget", **chosen)
+    defaults = {"score": default_score(kind), "granularity": ",".join(GRAINS), "scale": "float16"}
+    return session.settings("plan", PlanConfig, defaults, strategy="budget", **chosen)
 
 
 def parse_grid(text: str) -> list[float]:

@@ -13,6 +13,7 @@ from fqdiff.configs import QuantizeConfig
 if TYPE_CHECKING:
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
+    from fqdiff.values import Plan
 
 
 @common(*NOTHING_RANDOM)
@@ -50,8 +51,11 @@ def quantize(
 
 
 def quantize_step(session: Session, plan_manifest: "Manifest") -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for."""
+    """The step that carries out a plan on the checkpoint it was made for, with the Fisher table if it fits ranges to it."""
     from fqdiff.pipeline import Step
 
-    checkpoint = only_input(session, plan_manifest, "checkpoint")
-    return Step("quantize", {"checkpoint": checkpoint, "plan": plan_manifest}, QuantizeConfig())
+    plan: Plan = session.runner.load(plan_manifest)
+    inputs = {"checkpoint": only_input(session, plan_manifest, "checkpoint"), "plan": plan_manifest}
+    if plan.fits_fisher:
+        inputs["fisher"] = only_input(session, plan_manifest, "fisher")
+    return Step("quantize", inputs, QuantizeConfig())

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fqdiff.fisher.rules import Pieces
 
+SMALL = 2**16  # elements that are squared all at once: for more, new memory costs more than the squares
+
 
 @dataclass(frozen=True)
 class Squares:
@@ -39,22 +41,32 @@ def squares(pieces: Pieces, groups: int, batch: int) -> Squares:
 
     Within one batch squares are summed in float32 (at most B of them), all sums over batches and timesteps in float64.
     """
-    elements: list[Tensor] = []
+    each = batch // groups
+    elements: Tensor | None = None
     norms: list[Tensor] = []
     begin = 0
     for piece in pieces:
         piece = piece.float()
         # One more axis: a parameter may be a single number, and no axes at all would mean all of them.
         norms.append(torch.linalg.vector_norm(piece[..., None], dim=tuple(range(1, piece.ndim + 1))))
-        if len(piece) == batch:
-            found = piece.square().unflatten(0, (groups, -1)).sum(dim=1)
-            return Squares(found.cpu(), norms[0].cpu().double().square())
-        if not elements:  # laid out in memory as the gradients are, or adding them would be several times slower
-            elements = [torch.zeros_like(piece[0]) for _ in range(groups)]
-        for k, gradient in enumerate(piece, start=begin):
-            elements[k * groups // batch].addcmul_(gradient, gradient)
+        if len(piece) == batch and piece.numel() <= SMALL:
+            elements = piece.square().unflatten(0, (groups, each)).sum(dim=1)
+            break
+        if elements is None:
+            elements = _zeros_laid_out_as(piece, groups)
+        for k in range(begin // each, (begin + len(piece) - 1) // each + 1):
+            part = piece[max(k * each - begin, 0) : (k + 1) * each - begin]
+            for gradient in part:
+                elements[k].addcmul_(gradient, gradient)
         begin += len(piece)
-    return Squares(torch.stack(elements).cpu(), torch.cat(norms).cpu().double().square())
+    assert elements is not None
+    return Squares(elements.cpu(), torch.cat(norms).cpu().double().square())
+
+
+def _zeros_laid_out_as(piece: Tensor, groups: int) -> Tensor:
+    """Zeros [G, *shape], each laid out in memory as the gradients are, or adding them would be several times slower."""
+    strides = (piece[0].numel(), *torch.empty_like(piece[0]).stride())
+    return torch.zeros(groups * piece[0].numel(), device=piece.device).as_strided((groups, *piece.shape[1:]), strides)
 
 
 def added(parts: Sequence[Squares]) -> Squares:

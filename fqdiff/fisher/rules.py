@@ -17,7 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PIECE_BYTES = 2**20
 WINDOW_BYTES = 2**20
-Pieces = Iterator[Tensor]  # [b, *parameter shape], in the order of the samples; all pieces together have B samples
+# [b, *parameter shape], in the order of the samples; all together have B samples. Each may be written over by the next: fresh
+# memory would cost more than what is computed in it.
+Pieces = Iterator[Tensor]
 Gradients = Mapping[str, Pieces]  # keyed by the parameter's name inside its module
 Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Gradients]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,9 +41,9 @@ def per_sample(
     return {name: pieces for name, pieces in gradients.items() if name in own}  # a layer may have no bias
 
 
-def slices(batch: int, shape: torch.Size) -> list[slice]:
-    """``batch`` samples cut so that float32 gradients of ``shape`` stay below PIECE_BYTES, or single."""
-    step = max(1, PIECE_BYTES // (4 * max(1, shape.numel())))
+def slices(batch: int, elements: int, most: int = 2**31) -> list[slice]:
+    """``batch`` samples cut, ``most`` together, so that float32 gradients of so many ``elements`` stay below PIECE_BYTES; or single."""
+    step = max(1, min(most, PIECE_BYTES // (4 * max(1, elements))))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
@@ -49,15 +51,15 @@ def linear(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> G
     """W x + b at any number of positions: x [B, ..., C], gradient [B, ..., O]."""
     assert isinstance(module, nn.Linear)
     x, g = (v.reshape(len(v), -1, v.shape[-1]) for v in (inputs[0], gradient))
-    cuts = slices(len(g), module.weight.shape)
+    cuts = slices(len(g), module.weight.numel())
     return {"weight": (torch.bmm(g[cut].transpose(1, 2), x[cut]) for cut in cuts), "bias": iter([g.sum(dim=1)])}
 
 
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -> Gradients:
     """Any convolution, transposed or not: x [B, C, ...], gradient [B, O, ...].
 
-    One sample at a time: its windows as the rows of a matrix, and one matrix product while they are in the cache. Where they do
-    not fit, or with groups, torch's own weight gradient, which takes half again as long on small layers.
+    A few samples at a time: their windows as the rows of matrices, multiplied while they are in the cache. Where those of one
+    sample do not fit, or with groups, torch's own weight gradient, which takes half again as long on small layers.
     """
     assert isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
     transposed = isinstance(module, TRANSPOSED)
@@ -77,7 +79,7 @@ def convolution(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor)
 def by_windows(
     small: Tensor, large: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
 ) -> Pieces:
-    """sum over p of small[b, i, p] * large[b, j, stride p + dilation k] as [1, I, J, *kernel], one sample after the other.
+    """sum over p of small[b, i, p] * large[b, j, stride p + dilation k] as pieces [b, I, J, *kernel].
 
     ``small`` [B, I, *positions], ``large`` [B, J, ...], padded.
     """
@@ -94,9 +96,15 @@ def by_windows(
             1,
         ),
     )
-    for a, window in zip(left, windows, strict=True):
-        product = a @ window.reshape(a.shape[1], -1)
-        yield product.view(1, len(a), *kernel, -1).movedim(-1, 2)
+    inputs, outputs = windows.shape[-1] * math.prod(kernel), left.shape[1]
+    cuts = slices(len(left), outputs * inputs, WINDOW_BYTES // (4 * windows[0].numel()))
+    most = cuts[0].stop
+    rows, product = windows.new_empty(most, left.shape[2], inputs), left.new_empty(most, outputs, inputs)
+    for cut in cuts:
+        count = cut.stop - cut.start
+        rows[:count].view_as(windows[cut]).copy_(windows[cut])
+        torch.bmm(left[cut], rows[:count], out=product[:count])
+        yield product[:count].view(count, outputs, *kernel, -1).movedim(-1, 2)
 
 
 def by_torch(small: Tensor, large: Tensor, module: nn.Module) -> Pieces:
@@ -152,7 +160,7 @@ def embedding(module: nn.Module, inputs: tuple[Tensor, ...], gradient: Tensor) -
     g = gradient.reshape(index.shape)
     if module.padding_idx is not None:
         g = g * (index != module.padding_idx)
-    cuts = slices(len(g), shape)
+    cuts = slices(len(g), shape.numel())
     return {"weight": (g.new_zeros(len(g[cut]), *shape).scatter_add_(1, index[cut], g[cut]) for cut in cuts)}
 
 

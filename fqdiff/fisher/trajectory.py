@@ -82,7 +82,7 @@ def measure_runs(
             def on_parameter(
                 name: str, pieces: Pieces, index: int = index, coherent: dict[str, Tensor] = coherent
             ) -> None:
-                gradient = torch.cat([piece.float() for piece in pieces])
+                gradient = torch.cat([piece.float().clone() for piece in pieces])
                 _keep_step(result, name, gradient, index, steps, axes[name])
                 coherent[name] = coherent[name].add_(gradient) if name in coherent else gradient
 

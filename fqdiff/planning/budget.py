@@ -59,9 +59,9 @@ def best_within(market: Market, target: int) -> Choice:
 
 
 def keep_everything(market: Market) -> tuple[int, ...]:
-    """The choice of the widest format for every parameter."""
+    """For every parameter the option of least value, the widest of several."""
     return tuple(
-        max(range(len(options)), key=lambda j, options=options: get_format(options[j].format).bits)  # type: ignore[misc]
+        min(range(len(options)), key=lambda j, o=options: (o[j].value, -o[j].description[1].bits))  # type: ignore[misc]
         for options in market.options.values()
     )
 

@@ -1,11 +1,11 @@
 """Every parameter in every format that it may take: the bytes it would cost, and what its error would do.
 
-Shapes: M parameters, F formats, O output channels.
+Shapes: M parameters, F options, O output channels.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,10 +16,12 @@ from fqdiff.context import Context
 from fqdiff.errors import QuantizationError
 from fqdiff.planning.knapsack import Array
 from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
-from fqdiff.quant.formats import Granularity, PerChannel, PerTensor, get_format
-from fqdiff.quant.packed import stored_bytes
-from fqdiff.sensitivity.candidates import MIN_MAX, channel_errors, quantized_weight
-from fqdiff.values import Candidate
+from fqdiff.quant.formats import Format, PerGroup, PerTensor, get_format
+from fqdiff.quant.granularity import granularities
+from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
+from fqdiff.quant.ranges import FISHER, MIN_MAX
+from fqdiff.quant.rounding import NEAREST
+from fqdiff.sensitivity.candidates import channel_errors
 
 FLOATS = ("float32", "float16")  # what biases and norms may take
 Importance = Mapping[str, Tensor]
@@ -27,55 +29,124 @@ Model = Mapping[str, object]
 
 
 @dataclass(frozen=True)
+class Ways:
+    """What there is to choose from: ``formats``, each with every one of ``granularities`` and ``ranges`` that it can have.
+
+    ``granularities`` as in a plan's settings, such as "channel" and "group-near:64"; ``scale``: what scales are stored in.
+    """
+
+    formats: tuple[str, ...]
+    granularities: tuple[str, ...] = ("channel",)
+    ranges: tuple[str, ...] = (MIN_MAX,)
+    scale: str = "float32"
+    rounding: str = NEAREST
+
+
+@dataclass(frozen=True)
 class Option:
-    """One parameter in one format. ``bytes``: codes, scales and zero points; ``squares`` [O]: squared errors by channel."""
+    """One parameter stored in one way. ``bytes``: its payload; ``value``: what its error is predicted to do.
 
-    format: str
+    ``span`` is the range that is predicted to do least.
+    """
+
     description: Description
+    span: str
+    rounding: str
     bytes: int
-    squares: Tensor
+    value: float
 
-    def value(self, importance: Tensor) -> float:
-        """sum_c I_c * sum of d^2 within c; ``importance`` [O], or [1] for all channels alike."""
-        squares = self.squares if len(importance) == len(self.squares) else self.squares.sum().reshape(1)
-        return float(importance @ squares)
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+        return self.description[1].name
 
-
-def grain(fmt: str, granularity: str, axis: int) -> Granularity:
-    """Along ``axis`` for an integer format where a plan's granularity is "channel", else one scale, or none."""
-    return PerChannel(axis) if granularity == "channel" and get_format(fmt).is_integer else PerTensor()
+    def stored(self, tensor: Tensor, weight: Tensor | None) -> Tensor:
+        """``tensor`` as it would be read back, float32; ``weight`` are the Fisher values of its elements, if known."""
+        _, fmt, granularity = self.description
+        return unpack_tensor(pack_tensor(tensor, fmt, granularity, self.span, self.rounding, weight))
 
 
 def make_options(
-    tensors: Mapping[str, Tensor], axes: Mapping[str, int], formats: Sequence[str], granularity: str, context: Context
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    ways: Ways,
+    importance: Importance,
+    weights: Mapping[str, Tensor],
+    context: Context,
 ) -> dict[str, tuple[Option, ...]]:
-    """Options of every parameter: ``formats`` for tensors of two axes or more, casts for biases and norms.
+    """Options of every parameter: ``ways`` for tensors of two axes or more, casts for biases and norms.
 
-    A cast that overflows is none. Raises QuantizationError for NaN and infinity.
+    ``importance`` [1], [O] or of the parameter's shape: an option's value is the sum of importance * error^2. ``weights``:
+    Fisher values that ranges and codebooks are fitted to, where they are known. What overflows is no option. Raises
+    QuantizationError for NaN and infinity, ConfigError for group sizes that do not divide.
     """
     found = {}
     with context.progress(len(tensors), "plan", "tensor") as bar:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
-            known = formats if tensor.ndim >= 2 else FLOATS
-            options = (_option(name, tensor, axes[name], fmt, granularity) for fmt in known)
-            found[name] = tuple(o for o in options if o is not None)
+            kept: dict[Description, Option] = {}
+            for description, span in _ways(name, tensor, axes[name], ways):
+                option = _option(
+                    tensor, axes[name], description, span, ways.rounding, importance[name], weights.get(name)
+                )
+                if option is not None and (description not in kept or option.value < kept[description].value):
+                    kept[description] = option
+            if not kept:
+                raise QuantizationError(f"'{name}' can be stored in none of {', '.join(ways.formats)}", "add float32")
+            found[name] = tuple(kept.values())
             bar.update()
     return found
 
 
-def _option(name: str, tensor: Tensor, axis: int, fmt: str, granularity: str) -> Option | None:
+def _ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tuple[Description, str]]:
+    """Every way of storing one parameter: its description, and the range."""
     shape = tuple(tensor.shape)
-    try:
-        stored = quantized_weight(Candidate(name, "", tensor.numel(), fmt, MIN_MAX), tensor, granularity, axis)
-    except QuantizationError:  # the tensor is finite: it overflows the cast
-        return None
-    column = (tensor, stored) if tensor.ndim >= 2 else (tensor.reshape(-1, 1), stored.reshape(-1, 1))
-    description = shape, get_format(fmt), grain(fmt, granularity, axis)
-    return Option(
-        fmt, description, stored_bytes(*description), channel_errors(*column, axis if tensor.ndim >= 2 else 0)
+    if tensor.ndim < 2:
+        yield from (((shape, get_format(f), PerTensor()), MIN_MAX) for f in FLOATS)
+        return
+    grains = list(
+        dict.fromkeys(granularities(wish, ways.scale, {name: (shape, axis)})[name] for wish in ways.granularities)
     )
+    for fmt in map(get_format, ways.formats):
+        if fmt.is_cast:
+            yield (shape, fmt, PerTensor()), MIN_MAX
+            continue
+        for grain in grains:
+            if fmt.kind != "codebook" or not isinstance(
+                grain, PerGroup
+            ):  # a list for every group costs more than it saves
+                yield from (((shape, fmt, grain), span) for span in _ranges(fmt, ways.ranges))
+
+
+def _ranges(fmt: Format, ranges: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``ranges`` that ``fmt`` can tell apart."""
+    if fmt.is_integer:
+        return tuple(ranges)
+    return (FISHER,) if FISHER in ranges and fmt.kind in ("ternary", "codebook") else (MIN_MAX,)
+
+
+def _option(
+    tensor: Tensor,
+    axis: int,
+    description: Description,
+    span: str,
+    rounding: str,
+    importance: Tensor,
+    weight: Tensor | None,
+) -> Option | None:
+    option = Option(description, span, rounding, stored_bytes(*description), 0.0)
+    try:
+        stored = option.stored(tensor, weight)
+    except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
+        return None
+    if importance.shape == tensor.shape:
+        value = float((importance.double() * (stored.double() - tensor.double()).square()).sum())
+    else:
+        column = (tensor, stored) if tensor.ndim >= 2 else (tensor.reshape(-1, 1), stored.reshape(-1, 1))
+        squares = channel_errors(*column, axis if tensor.ndim >= 2 else 0)
+        value = float(importance.double() @ (squares if len(importance) == len(squares) else squares.sum().reshape(1)))
+    return replace(option, value=value)
 
 
 @dataclass(frozen=True)
@@ -84,7 +155,6 @@ class Market:
 
     model: Model
     options: Mapping[str, tuple[Option, ...]]
-    importance: Importance
 
     def _table(self, entry: Callable[[str, Option], float]) -> Array:
         table = np.full((len(self.options), max(map(len, self.options.values()))), np.inf)
@@ -95,7 +165,7 @@ class Market:
     @cached_property
     def values(self) -> Array:
         """float64 [M, F], infinite where a parameter has fewer options."""
-        return self._table(lambda name, option: option.value(self.importance[name]))
+        return self._table(lambda name, option: option.value)
 
     @cached_property
     def costs(self) -> Array:
@@ -126,7 +196,7 @@ class Market:
         for name, each in options.items():
             if not each:
                 raise QuantizationError(f"'{name}' cannot be stored in {allowed[name]}", "choose another format for it")
-        return Market(self.model, options, self.importance)
+        return Market(self.model, options)
 
 
 def header_bytes(name: str, description: Description, offset: int) -> int:

@@ -12,9 +12,10 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.planning import budget, scores
-from fqdiff.planning.candidates import FLOATS, Market, make_options
+from fqdiff.planning.candidates import FLOATS, Market, Ways, make_options
 from fqdiff.planning.knapsack import total
-from fqdiff.quant.formats import get_format
+from fqdiff.quant.formats import get_format, without_zero_point
+from fqdiff.quant.ranges import FISHER, MIN_MAX
 from fqdiff.sensitivity.plans import ENDS
 from fqdiff.values import Alternative, Budget, Checkpoint, FisherTable, Plan, PlanEntry, model_description
 
@@ -66,13 +67,34 @@ def make_offer(
         importance = {name: torch.ones(1, dtype=torch.float64) for name in shapes}
     else:
         importance = measured
-    options = make_options(checkpoint.tensors, axes, config.formats, config.granularity, context)
-    market = Market(model_description(checkpoint.spec), options, importance)
+    weights = fitted_weights(table, config, checkpoint)
+    options = make_options(checkpoint.tensors, axes, ways(config, bool(weights)), importance, weights, context)
+    market = Market(model_description(checkpoint.spec), options)
     ends = {name: config.ends_format for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS}
     if config.ends_format:
         market = market.restricted(ends)
     fisher = {name: 2 * float(values.mean()) for name, values in measured.items()}
     return Offer(market, blocks, fisher, ends if config.ends_format else {})
+
+
+def ways(config: PlanConfig, single_weights: bool) -> Ways:
+    """What the settings offer; without ranges named, those by Fisher values too where they are known of single weights.
+
+    Never the range of least weight error, unless it is named: its errors are coherent, and in plans they add up.
+    """
+    ranges = config.ranges or ((MIN_MAX, FISHER) if single_weights else (MIN_MAX,))
+    formats = tuple(without_zero_point(get_format(f)).name if config.symmetric else f for f in config.formats)
+    return Ways(
+        tuple(dict.fromkeys(formats)), tuple(config.granularity.split(",")), ranges, config.scale, config.rounding
+    )
+
+
+def fitted_weights(table: FisherTable | None, config: PlanConfig, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Fisher values of single weights, to which ranges and codebooks are fitted; empty where the table has none."""
+    if table is None or not table.weights or (config.ranges and FISHER not in config.ranges):
+        return {}
+    shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
+    return scores.fisher_importance(table, config.timestep_weights, checkpoint.spec.noise_schedule(), shapes)
 
 
 def measured_importance(
@@ -115,9 +137,10 @@ def make_plan(offer: Offer, config: PlanConfig) -> Plan:
     choice = choose(offer, config, target)
     entries = []
     for name, option in offer.market.chosen(choice.positions).items():
-        options, importance = offer.market.options[name], offer.market.importance[name]
-        considered = tuple(Alternative(o.format, o.bytes, o.value(importance)) for o in options)
-        predicted = option.value(importance)
+        considered = tuple(
+            Alternative(o.format, str(o.description[2]), o.span, o.bytes, o.value) for o in offer.market.options[name]
+        )
+        predicted = option.value
         limited = any(a.bytes < option.bytes if target is None else a.predicted < predicted for a in considered)
         shape, fmt, granularity = option.description
         entries.append(
@@ -127,6 +150,8 @@ def make_plan(offer: Offer, config: PlanConfig) -> Plan:
                 shape=shape,
                 format=fmt.name,
                 granularity=str(granularity),
+                range=option.span,
+                rounding=option.rounding,
                 score=offer.fisher.get(name),
                 threshold=None,
                 rule=f"stem and head in {offer.ends[name]}" if name in offer.ends else RULES[config.score == "uniform"],

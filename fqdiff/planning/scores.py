@@ -4,7 +4,7 @@ A score of a tensor is an importance per output channel I_c >= 0; a weight error
 Shapes: T timesteps of a table, K timesteps asked for, O output channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from fqdiff.diffusion.schedule import NoiseSchedule
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.rng import generator
 from fqdiff.sensitivity.predictions import at_timesteps, sampler_weights
-from fqdiff.values import FisherTable
+from fqdiff.values import FisherTable, WeightBin
 
 SAMPLER_STEPS = 50
 MIN_SNR = 5.0
@@ -50,12 +50,15 @@ def timestep_weights(name: str, schedule: NoiseSchedule) -> tuple[Tensor, Tensor
 def fisher_importance(table: FisherTable, weighting: str, schedule: NoiseSchedule, shapes: Shapes) -> dict[str, Tensor]:
     """1/2 sum_t weight_t F_t,c of every parameter, float64 [O], or [1] from a table without channels.
 
-    Between the table's timesteps, log F is taken for linear.
+    Between the table's timesteps, log F is taken for linear. From a table of single weights: shaped like the parameter, each
+    bin's mean with the weight of its timesteps.
     """
     if table.kind == "trajectory":
         raise ConfigError("the trajectory table knows no loss by timestep", "use --score trajectory")
     check_parameters(table.entries.keys(), shapes)
     wanted, weights = timestep_weights(weighting, schedule)
+    if table.weights:
+        return checked(single_weights(table.weights, wanted, weights), shapes)
     if weighting.startswith("at:") and not (table.timesteps == wanted).any():
         near = int(table.timesteps[(table.timesteps - wanted).abs().argmin()])
         raise ConfigError(
@@ -68,6 +71,21 @@ def fisher_importance(table: FisherTable, weighting: str, schedule: NoiseSchedul
         check_values(name, curves)  # before the logarithm, which would take what is no number for 0
         found[name] = 0.5 * weights @ at_timesteps(curves, table.timesteps, wanted)
     return checked(found, shapes)
+
+
+def single_weights(bins: Sequence[WeightBin], wanted: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """1/2 sum_b weight_b F_b of every single weight, float32; weight_b sums the ``weights`` of the ``wanted`` timesteps in bin b.
+
+    A timestep between two bins belongs to the nearer one.
+    """
+    middles = torch.tensor([(b.first + b.last) / 2 for b in bins], dtype=torch.float64)
+    nearest = (wanted[:, None] - middles).abs().argmin(dim=1)
+    shares = torch.zeros(len(bins), dtype=torch.float64).index_add_(0, nearest, weights)
+    found: dict[str, Tensor] = {}
+    for each, share in zip(bins, shares.tolist(), strict=True):
+        for name, values in each.read().items() if share > 0 else ():
+            found[name] = found.get(name, torch.zeros_like(values)).add(values, alpha=0.5 * share)
+    return found
 
 
 def trajectory_importance(table: FisherTable, shapes: Shapes) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ DTYPE_NAMES = {
 
 
 # What the parts of a tensor count as, in the order in which sizes are listed.
-PART_KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zero_points", "data": "kept"}
+PART_KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zero_points", "codebook": "codebooks", "data": "kept"}
 
 
 def part_name(parameter: str, part: str) -> str:

@@ -17,7 +17,8 @@ class Format:
     """How one weight is stored.
 
     ``cast``: the number itself, in ``dtype``. ``float``: a number in ``dtype`` times a scale. ``integer`` and ``ternary``:
-    an unsigned code of ``bits`` bits, bit-packed, with x ~ scale * (code - zero_point).
+    an unsigned code of ``bits`` bits, bit-packed, with x ~ scale * (code - zero_point). ``codebook``: a code too, the position
+    of the number in a list of 2^bits.
     """
 
     name: str
@@ -39,7 +40,12 @@ class Format:
     @property
     def is_packed(self) -> bool:
         """Codes smaller than a byte, or a byte, in one stream."""
-        return self.kind in ("integer", "ternary")
+        return self.kind in ("integer", "ternary", "codebook")
+
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether each group stores the code of 0."""
+        return self.is_integer and not self.symmetric
 
     @property
     def qmax(self) -> int:
@@ -50,10 +56,10 @@ class Format:
 
     @property
     def zero_point(self) -> int | None:
-        """The code of 0 where it is the same for all weights; None where each group stores its own."""
+        """The code of 0 where it is the same for all weights; None where each group stores its own, or nothing is 0."""
         if self.kind == "float":
             return 0
-        return (self.qmax + 1) // 2 if self.symmetric else None
+        return (self.qmax + 1) // 2 if self.symmetric and self.kind != "codebook" else None
 
 
 FORMATS = {
@@ -67,6 +73,7 @@ FORMATS = {
         *(Format(f"int{bits}", "integer", bits, symmetric=False) for bits in (8, 6, 5, 4, 3, 2)),
         *(Format(f"int{bits}{SYMMETRIC}", "integer", bits) for bits in (8, 6, 5, 4, 3, 2)),
         Format("ternary", "ternary", 1.6),  # five codes of three values fill a byte: 3^5 = 243
+        *(Format(f"codebook{bits}", "codebook", bits) for bits in (4, 3, 2)),
     )
 }
 
@@ -80,7 +87,7 @@ def get_format(name: str) -> Format:
 
 def without_zero_point(fmt: Format) -> Format:
     """The symmetric row of the same width; formats that store no zero point are their own."""
-    return fmt if fmt.is_cast or fmt.zero_point is not None else FORMATS[fmt.name + SYMMETRIC]
+    return FORMATS[fmt.name + SYMMETRIC] if fmt.has_zero_points else fmt
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,27 @@ import torch
 from torch import Tensor
 
 from fqdiff.errors import QuantizationError
+from fqdiff.quant.codebooks import fit_codebook, looked_up, nearest_entry
 from fqdiff.quant.formats import Format, Granularity, PerTensor
 from fqdiff.quant.packing import TRITS, pack, packed_bytes, unpack
-from fqdiff.quant.qparams import QParams, choose_qparams, dequantize, fixed_zero_point, group_count, quantize
+from fqdiff.quant.qparams import (
+    QParams,
+    check_finite,
+    dequantize,
+    fixed_zero_point,
+    from_rows,
+    group_count,
+    group_rows,
+)
+from fqdiff.quant.ranges import FISHER, MIN_MAX, fitted_qparams
+from fqdiff.quant.rounding import NEAREST, rounded
 
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """``parts``: ``data`` for a cast; else ``codes`` and ``scale``, and ``zero_point`` unless the format fixes it."""
+    """``parts``: ``data`` for a cast; else ``codes``, with ``codebook``, or with ``scale`` and, where groups have their own,
+    ``zero_point``.
+    """
 
     format: Format
     granularity: Granularity
@@ -30,25 +43,33 @@ def part_layout(
         return {"data": (fmt.dtype, shape)}
     groups = group_count(shape, granularity)
     stream = (packed_bytes(torch.Size(shape).numel(), fmt.bits),)
-    layout = {
-        "codes": (fmt.dtype, stream if fmt.is_packed else shape),
-        "scale": (granularity.scale_dtype, (groups,)),
-    }
-    if fmt.zero_point is None:
+    codes = (fmt.dtype, stream if fmt.is_packed else shape)
+    if fmt.kind == "codebook":
+        return {"codes": codes, "codebook": (granularity.scale_dtype, (groups, 2 ** int(fmt.bits)))}
+    layout = {"codes": codes, "scale": (granularity.scale_dtype, (groups,))}
+    if fmt.has_zero_points:
         layout["zero_point"] = (torch.uint8, (packed_bytes(groups, fmt.bits),))
     return layout
 
 
 def stored_bytes(shape: tuple[int, ...], fmt: Format, granularity: Granularity) -> int:
-    """Payload bytes of a tensor of ``shape``: codes, scales and zero points."""
+    """Payload bytes of a tensor of ``shape``: codes, scales, zero points and codebooks."""
     layout = part_layout(shape, fmt, granularity)
     return sum(dtype.itemsize * torch.Size(size).numel() for dtype, size in layout.values())
 
 
-def pack_tensor(x: Tensor, fmt: Format, granularity: Granularity) -> PackedTensor:
-    """``x`` in ``fmt``: a cast, or rounded to nearest on the grid of :func:`choose_qparams` and packed.
+def pack_tensor(
+    x: Tensor,
+    fmt: Format,
+    granularity: Granularity,
+    span: str = MIN_MAX,
+    rounding: str = NEAREST,
+    weight: Tensor | None = None,
+) -> PackedTensor:
+    """``x`` in ``fmt``: a cast, or rounded to the grid of :func:`fitted_qparams` or to a codebook, and packed.
 
-    Raises QuantizationError where ``x`` is not finite, or a cast or a scale overflows.
+    ``weight``, shaped like ``x``, tells how much each error counts; it is read for a ``span`` of "fisher" alone. Raises
+    QuantizationError where ``x`` is not finite, or a cast or a scale overflows.
     """
     shape = tuple(x.shape)
     if fmt.is_cast:
@@ -58,15 +79,31 @@ def pack_tensor(x: Tensor, fmt: Format, granularity: Granularity) -> PackedTenso
                 f"values up to {float(x.abs().max()):.3g} in {fmt.name}", "they overflow; use bfloat16"
             )
         return PackedTensor(fmt, PerTensor(), shape, {"data": data.contiguous()})
-    qparams = choose_qparams(x, fmt, granularity)
-    codes = quantize(x, qparams, fmt, granularity)
+    if fmt.kind == "codebook":
+        return _pack_by_codebook(x, fmt, granularity, weight if span == FISHER else None)
+    qparams = fitted_qparams(x, fmt, granularity, span, weight)
+    codes = rounded(x, qparams, fmt, granularity, rounding)
     parts = {
         "codes": pack(codes, fmt.bits) if fmt.is_packed else codes,
         "scale": qparams.scale.to(granularity.scale_dtype),
     }
-    if fmt.zero_point is None:
+    if fmt.has_zero_points:
         parts["zero_point"] = pack(qparams.zero_point, fmt.bits)
     return PackedTensor(fmt, granularity, shape, parts)
+
+
+def _pack_by_codebook(x: Tensor, fmt: Format, granularity: Granularity, weight: Tensor | None) -> PackedTensor:
+    check_finite(x)
+    rows = group_rows(x, granularity)
+    weights = None if weight is None else group_rows(weight, granularity)
+    codebook = fit_codebook(rows, weights, 2 ** int(fmt.bits)).to(granularity.scale_dtype)
+    if not torch.isfinite(codebook).all():
+        raise QuantizationError(
+            f"values up to {float(x.abs().max()):.3g} in a codebook of {granularity.scale_dtype}", "use float32 scales"
+        )
+    codes = nearest_entry(rows, codebook.float()).to(torch.uint8)  # to the entries as they are stored
+    stream = pack(from_rows(codes, tuple(x.shape), granularity), fmt.bits)
+    return PackedTensor(fmt, granularity, tuple(x.shape), {"codes": stream, "codebook": codebook})
 
 
 def check_layout(packed: PackedTensor) -> None:
@@ -81,6 +118,10 @@ def check_values(packed: PackedTensor) -> None:
     """Raise QuantizationError for parts that no packing makes: for the reader of a file that a stranger may have written."""
     fmt, parts = packed.format, packed.parts
     if fmt.is_cast:
+        return
+    if fmt.kind == "codebook":
+        if not torch.isfinite(parts["codebook"].float()).all():
+            raise QuantizationError("a codebook whose entries are no numbers")
         return
     scale = parts["scale"].float()
     turned = fmt.is_integer and fmt.symmetric  # the only scales that may be negative
@@ -98,8 +139,11 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
     fmt, parts = packed.format, packed.parts
     if fmt.is_cast:
         return parts["data"].float()
+    if fmt.kind == "codebook":
+        codes = group_rows(unpack(parts["codes"], fmt.bits, packed.shape), packed.granularity)
+        return from_rows(looked_up(codes, parts["codebook"].float()), packed.shape, packed.granularity)
     scale = parts["scale"].float()
-    if fmt.zero_point is None:
+    if fmt.has_zero_points:
         zero_point = unpack(parts["zero_point"], fmt.bits, (len(scale),))
     else:
         zero_point = fixed_zero_point(fmt, len(scale), scale.device)

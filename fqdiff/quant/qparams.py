@@ -76,15 +76,16 @@ def check_finite(x: Tensor) -> None:
 # --- choosing --------------------------------------------------------------------------------------------------------
 
 
-def choose_qparams(x: Tensor, fmt: Format, granularity: Granularity) -> QParams:
-    """Min-max parameters, for ternary those of least squared error; 0 is always exact.
+def choose_qparams(x: Tensor, fmt: Format, granularity: Granularity, weight: Tensor | None = None) -> QParams:
+    """Min-max parameters, for ternary those of least squared error, weighted by ``weight`` if given; 0 is always exact.
 
     Raises QuantizationError where ``x`` is not finite, or float16 cannot hold the scales.
     """
     check_finite(x)
     rows = group_rows(x, granularity)
     if fmt.kind == "ternary":
-        return _with_fixed_zero(stored_scale(ternary_scale(rows), granularity.scale_dtype), fmt)
+        weights = None if weight is None else group_rows(weight, granularity)
+        return _with_fixed_zero(stored_scale(ternary_scale(rows, weights), granularity.scale_dtype), fmt)
     return range_qparams(rows.amin(dim=1), rows.amax(dim=1), fmt, granularity.scale_dtype)
 
 
@@ -117,16 +118,20 @@ def _with_fixed_zero(scale: Tensor, fmt: Format) -> QParams:
     return QParams(scale, fixed_zero_point(fmt, len(scale), scale.device))
 
 
-def ternary_scale(rows: Tensor) -> Tensor:
-    """The s of least sum (x - s c)^2 over s and codes c in {-1, 0, 1}, for each row; float64 [G].
+def ternary_scale(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The s of least sum weight (x - s c)^2 over s and codes c in {-1, 0, 1}, for each row; float64 [G].
 
-    With the k largest magnitudes as the non-zero codes the best s is their mean, and the sum falls by k s^2: try every k.
+    The best codes for an s are those of the magnitudes above s / 2, so that they are the k largest for some k. With them the
+    best s is their weighted mean, and the sum falls by s^2 times their weights' sum: try every k.
     """
-    magnitudes = rows.double().abs().sort(dim=1, descending=True).values
-    counts = torch.arange(1, rows.shape[1] + 1, device=rows.device)
-    means = magnitudes.cumsum(dim=1) / counts
-    best = (counts * means.square()).argmax(dim=1, keepdim=True)
-    return means.gather(1, best).squeeze(1)
+    magnitudes, order = rows.double().abs().sort(dim=1, descending=True)
+    weights = torch.ones_like(magnitudes) if weight is None else weight.double().gather(1, order)
+    mass = weights.cumsum(dim=1)
+    means = (weights * magnitudes).cumsum(dim=1) / mass.clamp(min=1e-300)
+    best = (mass * means.square()).argmax(dim=1, keepdim=True)
+    found = means.gather(1, best).squeeze(1)
+    # A row that nothing weighs is fitted as if all were alike.
+    return found if weight is None else torch.where(mass[:, -1] > 0, found, ternary_scale(rows))
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fqdiff.errors import ConfigError
-from fqdiff.quant.clipping import least_error_qparams
 from fqdiff.quant.formats import PerChannel, PerTensor, get_format
 from fqdiff.quant.packed import pack_tensor, unpack_tensor
 from fqdiff.quant.qparams import dequantize, quantize
+from fqdiff.quant.ranges import least_error_qparams
 from fqdiff.values import Candidate
 
 MIN_MAX, CLIPPED = "min-max", "clipped"

@@ -19,6 +19,8 @@ from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import Format, PerTensor, get_format, parse_granularity, without_zero_point
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
+from fqdiff.quant.ranges import FISHER, MIN_MAX
+from fqdiff.quant.rounding import NEAREST, SQUANT
 from fqdiff.values import Checkpoint, FisherTable, Plan, PlanEntry, model_description
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
@@ -39,6 +41,15 @@ def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig,
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     weights = [name for name, shape in shapes.items() if len(shape) >= 2]
     low, high = planned_formats(config)
+    span = config.ranges[0] if config.ranges else MIN_MAX
+    if span == FISHER and (fisher is None or not fisher.weights):
+        raise ConfigError(
+            "a range by Fisher values needs those of single weights", "fqdiff fisher --granularity weight"
+        )
+    if config.rounding == SQUANT and config.granularity != "channel":
+        raise ConfigError(
+            f"squant with scales by {config.granularity}", "its sums are over channels: --granularity channel"
+        )
     if config.strategy == "uniform":
         scores: Scores = {}
         rules: Mapping[str, Rule] = {name: (float("inf"), "uniform: every weight tensor goes low") for name in weights}
@@ -61,7 +72,17 @@ def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig,
         finite = threshold if threshold is not None and threshold != float("inf") else None
         entries.append(
             PlanEntry(
-                name, blocks[name], shapes[name], chosen.name, str(granularity), scores.get(name), finite, rule, size
+                parameter=name,
+                block=blocks[name],
+                shape=shapes[name],
+                format=chosen.name,
+                granularity=str(granularity),
+                range=span if chosen.is_integer else MIN_MAX,
+                rounding=config.rounding if chosen.is_integer else NEAREST,
+                score=scores.get(name),
+                threshold=finite,
+                rule=rule,
+                bytes=size,
             )
         )
     return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries))

@@ -1,27 +1,52 @@
 """Carry out a plan: every parameter packed in its format. Nothing of the full-precision weights is kept beside."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import LineageError
+from fqdiff.planning.scores import fisher_importance
 from fqdiff.quant.formats import get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
-from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint
+from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint
 
 
 def quantize(
-    checkpoint: Checkpoint, plan: Plan, config: QuantizeConfig, seed: int, context: Context
+    checkpoint: Checkpoint,
+    plan: Plan,
+    fisher: FisherTable | None,
+    config: QuantizeConfig,
+    seed: int,
+    context: Context,
 ) -> QuantizedCheckpoint:
-    """``checkpoint`` packed as ``plan`` says, to the byte.
+    """``checkpoint`` packed as ``plan`` says, to the byte; ``fisher`` is the plan's own table, where it fits ranges to it.
 
-    Raises LineageError where the plan's parameters are not the checkpoint's, QuantizationError on NaN or overflow.
+    Raises LineageError where the plan's parameters are not the checkpoint's or the table is missing, QuantizationError on NaN
+    or overflow.
     """
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")
-    packed = {
-        e.parameter: pack_tensor(
-            checkpoint.tensors[e.parameter], get_format(e.format), parse_granularity(e.granularity)
-        )
-        for e in plan.entries
-    }
+    weights: Mapping[str, Tensor] = {}
+    if plan.fits_fisher:
+        if fisher is None or not fisher.weights:
+            raise LineageError(
+                "the plan fits ranges to Fisher values of single weights, and they are gone", "fqdiff plan"
+            )
+        weighting = plan.budget.timestep_weights if plan.budget is not None else "uniform"
+        weights = fisher_importance(fisher, weighting, checkpoint.spec.noise_schedule(), shapes)
+    packed = {}
+    with context.progress(len(plan.entries), "quantize", "tensor") as bar:
+        for e in plan.entries:
+            packed[e.parameter] = pack_tensor(
+                checkpoint.tensors[e.parameter],
+                get_format(e.format),
+                parse_granularity(e.granularity),
+                e.range,
+                e.rounding,
+                weights.get(e.parameter),
+            )
+            bar.update()
     return QuantizedCheckpoint(checkpoint.spec, packed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fqdiff.configs import RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
@@ -198,14 +199,20 @@ def _plan_entry(data: Any) -> PlanEntry:
     fmt, granularity = get_format(entry.format), parse_granularity(entry.granularity)
     if fmt.is_cast and granularity != PerTensor():
         raise ValueError(f"'{entry.parameter}' is {fmt.name}, which has no scales, by {granularity}")
+    if entry.range not in RANGES or entry.rounding not in ROUNDINGS:
+        raise ValueError(f"'{entry.parameter}' has range {entry.range[:20]} and rounding {entry.rounding[:20]}")
     size = stored_bytes(entry.shape, fmt, granularity)
     if entry.bytes != size:
         raise ValueError(f"'{entry.parameter}' takes {size} bytes, not {entry.bytes}")
-    formats = [get_format(a.format).name for a in entry.alternatives]
-    if len(set(formats)) < len(formats) or any(a.predicted < 0 for a in entry.alternatives):
-        raise ValueError(f"the alternatives of '{entry.parameter}' name a format twice, or one less than 0")
-    own = [(a.bytes, a.predicted) for a in entry.alternatives if a.format == entry.format]
-    if entry.alternatives and own != [(entry.bytes, entry.predicted)]:
+    ways = [(get_format(a.format).name, str(parse_granularity(a.granularity))) for a in entry.alternatives]
+    if len(set(ways)) < len(ways) or any(a.predicted < 0 or a.range not in RANGES for a in entry.alternatives):
+        raise ValueError(f"the alternatives of '{entry.parameter}' name a way twice, or one less than 0")
+    own = [
+        (a.range, a.bytes, a.predicted)
+        for a, way in zip(entry.alternatives, ways, strict=True)
+        if way == (entry.format, entry.granularity)
+    ]
+    if entry.alternatives and own != [(entry.range, entry.bytes, entry.predicted)]:
         raise ValueError(f"'{entry.parameter}' is not what it says of {entry.format}")
     return entry
 
