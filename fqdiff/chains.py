@@ -10,7 +10,9 @@ PLANS: Mapping[str, PlanConfig] = {
     "bfloat16 by groups 12/345/6": PlanConfig("groups", groups="12/345/6", low="bfloat16"),
     "int8": PlanConfig("uniform", low="int8"),
     "int4": PlanConfig("uniform", low="int4"),
-    "int4, top Fisher half int8": PlanConfig("ratio", ratio=0.5, at="mean", low="int4", high="int8"),
+    "Fisher budget, 4.25 bits": PlanConfig(
+        "budget", target_bpw=4.25, granularity="tensor,channel,group-near:64", scale="float16"
+    ),
 }
 
 

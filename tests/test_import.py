@@ -354,7 +354,7 @@ def test_a_run_from_a_pretrained_model_compares_formats_that_all_change_it(
 
 def test_every_size_measures_the_timestep_that_its_plans_read() -> None:
     """Rejects a demo of 250 timesteps: evenly spaced from 0 to 999, they leave t = 1 out."""
-    assert {plan.at for plan in PLANS.values() if plan.strategy != "uniform"} == {"1", "mean"}
+    assert {plan.at for plan in PLANS.values() if plan.strategy == "groups"} == {"1"}
     assert all(scale.fisher.timesteps == 1000 for scale in (*SCALES.values(), *FROM_SCRATCH.values()))
 
 

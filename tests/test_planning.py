@@ -16,15 +16,15 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
 from fqdiff.planning import budget
 from fqdiff.planning.candidates import Market
-from fqdiff.planning.knapsack import Array, frontier, lower_bound, relax, total
+from fqdiff.planning.knapsack import Array, frontier, lower_bound, relax, total, undominated
 from fqdiff.planning.plans import Offer, make_offer, make_plan, pareto
-from fqdiff.planning.scores import exchanged, fisher_importance, timestep_weights
-from fqdiff.quant.formats import PerChannel, PerTensor, get_format
+from fqdiff.planning.scores import exchanged, fisher_importance, single_weights, timestep_weights
+from fqdiff.quant.formats import PerChannel, PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor, unpack_tensor
 from fqdiff.stages.plan import plan, predicted_file_bytes
 from fqdiff.stages.quantize import quantize
 from fqdiff.store.codecs import load_plan, save_plan, save_quantized
-from fqdiff.values import Checkpoint, FisherTable, Plan, TrajectoryEntry
+from fqdiff.values import Checkpoint, FisherTable, Plan, TrajectoryEntry, WeightBin
 
 FULL = 2**40
 
@@ -432,3 +432,101 @@ def test_nan_weights_are_refused_and_weights_too_large_for_float16_never_get_it(
     broken = {**checkpoint.tensors, name: torch.full_like(checkpoint.tensors[name], float("nan"))}
     with pytest.raises(QuantizationError, match=r"stem\.conv\.weight"):
         plan(replace(checkpoint, tensors=broken), fisher_table, budget_config(), 0, Context())
+
+
+# --- single weights, ranges and granularities -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weight_table(checkpoint: Checkpoint, fisher_table: FisherTable) -> FisherTable:
+    """Fisher values of single weights in two bins, unlike from weight to weight."""
+    draw = torch.Generator().manual_seed(0)
+    bins = [{n: torch.randn(t.shape, generator=draw).exp() for n, t in checkpoint.tensors.items()} for _ in range(2)]
+    halves = (WeightBin(0, 499, lambda: bins[0]), WeightBin(500, 999, lambda: bins[1]))
+    return replace(fisher_table, weights=halves)
+
+
+def test_single_weights_are_weighted_one_by_one(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    config = budget_config(target_bpw=8.0, formats=("float32", "int3", "codebook2", "ternary"))
+    made = plan(checkpoint, weight_table, config, 0, Context())
+    name = "block1.res1.conv1.weight"
+    fisher = sum(0.5 * each.read()[name].double() for each in weight_table.weights)
+    (entry,) = (e for e in made.entries if e.parameter == name)
+    assert {a.range for a in entry.alternatives if a.format != "int3"} == {"min-max", "fisher"}
+    weight = checkpoint.tensors[name]
+    for other in entry.alternatives:
+        grain = parse_granularity(other.granularity)
+        back = unpack_tensor(pack_tensor(weight, get_format(other.format), grain, other.range, weight=0.5 * fisher))
+        rise = float((0.5 * fisher * (back - weight).double().square()).sum())
+        assert other.predicted == pytest.approx(rise, rel=1e-5)
+    steps, weights = timestep_weights("at:7", checkpoint.spec.noise_schedule())
+    first = single_weights(weight_table.weights, steps, weights)[name]
+    assert torch.allclose(first, 0.5 * weight_table.weights[0].read()[name])
+
+
+def test_of_several_ranges_the_better_one_is_kept(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    def options(*ranges: str) -> dict[tuple[str, str], float]:
+        config = budget_config(target_bpw=8.0, formats=("float32", "int3"), ranges=ranges)
+        entries = plan(checkpoint, weight_table, config, 0, Context()).entries
+        return {(e.parameter, a.format): a.predicted for e in entries for a in e.alternatives}
+
+    wide, fitted, both = options("min-max"), options("fisher"), options("min-max", "fisher")
+    assert all(both[key] == min(wide[key], fitted[key]) for key in both)
+    assert sum(both.values()) < sum(wide.values())
+
+
+def test_granularities_are_options_of_their_own(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    config = budget_config(formats=("float16", "int3", "codebook2"), granularity="tensor,channel,group-near:16")
+    made = plan(checkpoint, fisher_table, config, 0, Context())
+    (entry,) = (e for e in made.entries if e.parameter == "block3.res1.conv1.weight")
+    kinds = [(a.format, a.granularity.split(":")[0]) for a in entry.alternatives]
+    assert kinds == [
+        ("float16", "tensor"),
+        *[("int3", g) for g in ("tensor", "channel", "group")],
+        *[("codebook2", g) for g in ("tensor", "channel")],
+    ]
+
+
+def test_a_plan_fitted_to_fisher_values_is_carried_out_with_them_to_the_byte(
+    checkpoint: Checkpoint, weight_table: FisherTable, tmp_path: Path
+) -> None:
+    made = plan(checkpoint, weight_table, budget_config(), 0, Context())
+    assert made.fits_fisher
+    packed = quantize(checkpoint, made, weight_table, QuantizeConfig(), 0, Context())
+    save_quantized(packed, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size == made.file_bytes <= 6.0 * made.parameters / 8
+    rise = 0.0
+    for entry in made.entries:
+        fisher = sum(0.5 * each.read()[entry.parameter].double() for each in weight_table.weights)
+        error = unpack_tensor(packed.packed[entry.parameter]).double() - checkpoint.tensors[entry.parameter].double()
+        rise += float((0.5 * fisher * error.square()).sum())
+    assert made.budget is not None
+    assert rise == pytest.approx(made.budget.predicted, rel=1e-5)
+    with pytest.raises(LineageError, match="they are gone"):
+        quantize(checkpoint, made, None, QuantizeConfig(), 0, Context())
+
+
+def test_ranges_by_fisher_values_need_those_of_single_weights(
+    checkpoint: Checkpoint, fisher_table: FisherTable
+) -> None:
+    for config in (budget_config(ranges=("fisher",)), PlanConfig("uniform", low="int4", ranges=("fisher",))):
+        with pytest.raises(ConfigError) as caught:
+            plan(checkpoint, fisher_table, config, 0, Context())
+        assert "--granularity weight" in caught.value.hint
+
+
+def test_squant_is_refused_where_scales_are_not_by_channel(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    for config in (
+        budget_config(rounding="squant", granularity="tensor,channel"),
+        PlanConfig("uniform", low="int4", rounding="squant", granularity="tensor"),
+    ):
+        with pytest.raises(ConfigError, match="squant with scales by tensor"):
+            plan(checkpoint, fisher_table, config, 0, Context())
+    made = plan(checkpoint, None, PlanConfig("uniform", low="int4", rounding="squant"), 0, Context())
+    assert {e.rounding for e in made.entries if e.format == "int4"} == {"squant"}
+    assert {e.rounding for e in made.entries if e.format == "float32"} == {"nearest"}
+
+
+def test_dominated_choices_are_left_out_of_the_search() -> None:
+    values, costs = np.array([3.0, 2.0, 2.0, 5.0, 1.0, np.inf]), np.array([1.0, 2.0, 3.0, 2.0, 9.0, np.inf])
+    assert undominated(values, costs).tolist() == [0, 1, 4]

@@ -42,7 +42,7 @@ def per_sample(
 
 
 def slices(batch: int, elements: int, most: int = 2**31) -> list[slice]:
-    """``batch`` samples cut, ``most`` together, so that float32 gradients of so many ``elements`` stay below PIECE_BYTES; or single."""
+    """``batch`` samples cut, ``most`` together, so that gradients of so many ``elements`` stay below PIECE_BYTES; or single."""
     step = max(1, min(most, PIECE_BYTES // (4 * max(1, elements))))
     return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 

@@ -45,6 +45,14 @@ def total(table: Array, choice: Sequence[int]) -> float:
     return float(table[np.arange(len(table)), list(choice)].sum())
 
 
+def undominated(values: Array, costs: Array) -> NDArray[np.intp]:
+    """Positions of one item's choices that no other one is at once as cheap and as good as, cost rising and value falling."""
+    order = np.lexsort((values, costs))
+    order = order[np.isfinite(costs[order])]
+    below = np.minimum.accumulate(np.append(np.inf, values[order]))[:-1]
+    return order[values[order] < below]
+
+
 def lower_hull(values: Array, costs: Array) -> list[int]:
     """Positions of one item's choices on the lower convex hull of (cost, value), cost rising and value falling."""
     hull: list[int] = []
@@ -136,7 +144,7 @@ def _search(
     cost, value = np.zeros(1), np.zeros(1)
     trail: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
     for place, i in enumerate(order):
-        choices = np.flatnonzero(np.isfinite(costs[i]))
+        choices = undominated(values[i], costs[i])
         new_cost = (cost[:, None] + costs[i, choices]).ravel()
         new_value = (value[:, None] + values[i, choices]).ravel()
         kept = np.flatnonzero(new_cost + rest_cost[place] <= high)
