@@ -107,6 +107,8 @@ def entry_rows(value: "Plan") -> list[dict[str, object]]:
             "weights": prod(e.shape),
             "format": e.format,
             "granularity": e.granularity,
+            "range": e.range,
+            "rounding": e.rounding,
             "bytes": e.bytes,
             "score": e.score,
             "predicted": e.predicted,
@@ -126,7 +128,12 @@ def next_better(entry: "PlanEntry") -> dict[str, object] | None:
     if not better:
         return None
     best = min(better, key=lambda a: a.bytes)
-    return {"format": best.format, "more_bytes": best.bytes - entry.bytes, "predicted": best.predicted}
+    return {
+        "format": best.format,
+        "granularity": best.granularity,
+        "more_bytes": best.bytes - entry.bytes,
+        "predicted": best.predicted,
+    }
 
 
 def title(manifest: "Manifest", value: "Plan") -> str:

@@ -36,16 +36,19 @@ def show(
 
 def show_text(manifest: "Manifest", value: "Plan") -> str:
     """The plan for people; rules are told once, below the table."""
-    header = ["parameter", "block", "weights", "format", "bytes", "Fisher value"]
+    from fqdiff.quant.formats import get_format
+
+    header = ["parameter", "block", "weights", "format", "scales by", "range", "bytes", "Fisher value"]
     if value.budget is not None:
         header += ["predicted", "next better", "for bytes more"]
     cells = []
     for e in value.entries:
-        row = [e.parameter, e.block, f"{prod(e.shape):,}", e.format, f"{e.bytes:,}", _number(e.score)]
+        how = [e.format, *(("", "") if get_format(e.format).is_cast else (e.granularity, e.range))]
+        row = [e.parameter, e.block, f"{prod(e.shape):,}", *how, f"{e.bytes:,}", _number(e.score)]
         if value.budget is not None:
             better = next_better(e)
             row += [_number(e.predicted)]
-            row += [str(better["format"]), f"{better['more_bytes']:,}"] if better else ["", ""]
+            row += [f"{better['format']} {better['granularity']}", f"{better['more_bytes']:,}"] if better else ["", ""]
         cells.append(row)
     rules: dict[str, int] = {}
     for e in value.entries:
@@ -83,10 +86,11 @@ def diff_rows(a: "Plan", b: "Plan") -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for one in a.entries:
         two = others[one.parameter]
-        if (one.format, one.granularity) == (two.format, two.granularity):
+        ways = [(e.format, e.granularity) for e in (one, two)]
+        if ways[0] == ways[1]:
             continue
-        known = [{x.format: x.predicted for x in e.alternatives} for e in (one, two)]
-        prices = next((k for k in known if one.format in k and two.format in k), {})
+        known = [{(x.format, x.granularity): x.predicted for x in e.alternatives} for e in (one, two)]
+        prices = next((k for k in known if ways[0] in k and ways[1] in k), {})
         rows.append(
             {
                 "parameter": one.parameter,
@@ -94,9 +98,11 @@ def diff_rows(a: "Plan", b: "Plan") -> list[dict[str, object]]:
                 "weights": prod(one.shape),
                 "a": one.format,
                 "b": two.format,
+                "granularity_a": one.granularity,
+                "granularity_b": two.granularity,
                 "bytes": two.bytes - one.bytes,
-                "predicted_a": prices.get(one.format),
-                "predicted_b": prices.get(two.format),
+                "predicted_a": prices.get(ways[0]),
+                "predicted_b": prices.get(ways[1]),
             }
         )
     return rows
@@ -109,8 +115,8 @@ def diff_text(manifests: "list[Manifest]", a: "Plan", b: "Plan", rows: list[dict
             str(r["parameter"]),
             str(r["block"]),
             f"{r['weights']:,}",
-            str(r["a"]),
-            str(r["b"]),
+            f"{r['a']} {r['granularity_a']}",
+            f"{r['b']} {r['granularity_b']}",
             f"{r['bytes']:+,}",
             _number(r["predicted_a"]),
             _number(r["predicted_b"]),
