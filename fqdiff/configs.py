@@ -139,10 +139,13 @@ SCORES = ("fisher", "trajectory", "weight-mse", "random", "reverse", "uniform")
 RANGES = ("min-max", "mse", "fisher", "percentile")
 ROUNDINGS = ("nearest", "squant")
 TIMESTEP_WEIGHTS = ("uniform", "snr", "sampler")
-LADDER = (
-    *("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2"),
-    *("ternary", "codebook4", "codebook3", "codebook2"),
-)
+INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2")
+FITTED = (
+    "ternary",
+    "codebook4",
+    "codebook3",
+    "codebook2",
+)  # worth it where they are fitted to single weights' Fisher values
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ class PlanConfig:
     empty for the default; ``rounding``: how codes are chosen.
 
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
-    kept small, ``formats`` what there is to choose from, and ``ends`` the format of stem and head, empty for any.
+    kept small, ``formats`` what there is to choose from, empty for the default, and ``ends`` the format of stem and head, empty
+    for any.
     """
 
     strategy: str = "groups"
@@ -176,7 +180,7 @@ class PlanConfig:
     max_loss_increase: float = -1.0
     score: str = "fisher"
     timestep_weights: str = "uniform"
-    formats: tuple[str, ...] = LADDER
+    formats: tuple[str, ...] = ()
     ends: str = ""
 
     def __post_init__(self) -> None:
@@ -248,10 +252,9 @@ class PlanConfig:
             f"score '{self.score}' has no timesteps to weight",
             "leave timestep_weights out",
         )
-        require(bool(self.formats), "no formats to choose from", "e.g. float16,int8,int4")
         require(len(set(self.formats)) == len(self.formats), f"formats {','.join(self.formats)} name one twice")
         require(
-            self.ends_format in ("", *self.formats),
+            self.ends_format in ("", *(self.formats or (*INTEGERS, *FITTED))),
             f"ends in {self.ends_format}, formats {','.join(self.formats)}",
             "let formats name it too",
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from fqdiff.configs import LADDER, PlanConfig, QuantizeConfig
+from fqdiff.configs import INTEGERS, PlanConfig, QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
 from fqdiff.planning import budget
@@ -303,7 +303,7 @@ def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     (inner,) = {e.format for e in made.entries if e.block in "123456" and len(e.shape) >= 2}
     assert ends == {"int8"}
     assert {e.format for e in made.entries if len(e.shape) < 2} == {"float32"}
-    wider = LADDER[LADDER.index(inner) - 1]
+    wider = INTEGERS[INTEGERS.index(inner) - 1]
     next_up = [replace(e, format=wider) if e.format == inner else e for e in made.entries]
     assert predicted_file_bytes(checkpoint, next_up) > 6.5 * made.parameters / 8 >= made.file_bytes
 
@@ -347,7 +347,7 @@ def test_a_plan_lists_what_it_considered_and_survives_the_disk(offer: Offer, tmp
     made = make_plan(offer, budget_config())
     for entry in made.entries:
         formats = [a.format for a in entry.alternatives]
-        assert formats == list(LADDER if len(entry.shape) >= 2 else ("float32", "float16"))
+        assert formats == list(INTEGERS if len(entry.shape) >= 2 else ("float32", "float16"))
         better = [a for a in entry.alternatives if a.predicted < entry.predicted]  # type: ignore[operator]
         assert entry.constraint == ("budget" if better else "none")
     save_plan(made, tmp_path)

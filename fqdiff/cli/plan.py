@@ -18,7 +18,7 @@ from fqdiff.cli.plan_budget import (
 )
 from fqdiff.cli.session import COMMON_OPTIONS, Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
-from fqdiff.configs import RANGES, ROUNDINGS, SCALES, PlanConfig
+from fqdiff.configs import FITTED, INTEGERS, RANGES, ROUNDINGS, SCALES, PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
@@ -96,7 +96,11 @@ def make(
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(help="Formats to choose from.", show_default=",".join(PlanConfig.formats), rich_help_panel=BUDGET),
+        typer.Option(
+            help="Formats to choose from.",
+            show_default=f"{','.join(INTEGERS)}; if the table has single weights also {','.join(FITTED)}",
+            rich_help_panel=BUDGET,
+        ),
     ] = None,
     ends: Annotated[
         str | None,

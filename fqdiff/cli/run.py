@@ -46,9 +46,13 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(FisherConfig(samples=2), SampleConfig(steps=5, count=64), "tiny", "mnist5k"),
-    # Bounded by 6 minutes on two cores: six sets of 500 x 25 image-steps of 1.6 ms, 4,000 per-sample gradients of 13 ms. Every
+    # Bounded by 6 minutes on two cores: six sets of 400 x 20 image-steps of 2 ms, 4,000 per-sample gradients of 13 ms. Every
     # timestep is measured, since the plans read t = 1.
-    "demo": Scale(FisherConfig(samples=4), SampleConfig(steps=20, count=400), pretrained="pretrained:mnist-small"),
+    "demo": Scale(
+        FisherConfig(samples=4, granularity="weight", bins=1),
+        SampleConfig(steps=20, count=400),
+        pretrained="pretrained:mnist-small",
+    ),
     "small": Scale(FisherConfig(), SampleConfig(), "small"),
     "paper": Scale(FisherConfig(), SampleConfig("ddpm", steps=1000), "paper"),
 }

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fqdiff.configs import PlanConfig
+from fqdiff.configs import FITTED, INTEGERS, PlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError
 from fqdiff.models.registry import build, output_axes, parameter_blocks
@@ -78,12 +78,13 @@ def make_offer(
 
 
 def ways(config: PlanConfig, single_weights: bool) -> Ways:
-    """What the settings offer; without ranges named, those by Fisher values too where they are known of single weights.
+    """What the settings offer; unless they are named, fitted formats and ranges only where single weights' Fisher values are known.
 
-    Never the range of least weight error, unless it is named: its errors are coherent, and in plans they add up.
+    Fitted to nothing but the weights, they predict less rise and cause more: what they cut off is cut off in one direction.
     """
+    named = config.formats or ((*INTEGERS, *FITTED) if single_weights else INTEGERS)
     ranges = config.ranges or ((MIN_MAX, FISHER) if single_weights else (MIN_MAX,))
-    formats = tuple(without_zero_point(get_format(f)).name if config.symmetric else f for f in config.formats)
+    formats = tuple(without_zero_point(get_format(f)).name if config.symmetric else f for f in named)
     return Ways(
         tuple(dict.fromkeys(formats)), tuple(config.granularity.split(",")), ranges, config.scale, config.rounding
     )
