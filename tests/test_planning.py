@@ -369,7 +369,6 @@ def test_a_plan_lists_what_it_considered_and_survives_the_disk(offer: Offer, tmp
         ({"ratio": 0.5}, "has no use for ratio"),
         ({"formats": ("int4", "int4")}, "name one twice"),
         ({"formats": ("float32", "int4"), "ends": "int8"}, "ends in int8"),
-        ({"formats": ()}, "no formats"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, object], message: str) -> None:

@@ -78,7 +78,7 @@ def make_offer(
 
 
 def ways(config: PlanConfig, single_weights: bool) -> Ways:
-    """What the settings offer; unless they are named, fitted formats and ranges only where single weights' Fisher values are known.
+    """What the settings offer. Unless named, fitted formats and ranges only where single weights' Fisher values are known.
 
     Fitted to nothing but the weights, they predict less rise and cause more: what they cut off is cut off in one direction.
     """
