@@ -13,6 +13,7 @@ from fqdiff.errors import QuantizationError
 TRIT = 1.6  # bits
 TRITS = 5  # in a byte
 POWERS = (1, 3, 9, 27, 81)
+WORDS = 2**13  # unpacked at a time, of eight codes each
 
 
 def packed_bytes(count: int, bits: float) -> int:
@@ -50,8 +51,18 @@ def unpack(stream: Tensor, bits: float, shape: tuple[int, ...]) -> Tensor:
         digits = torch.arange(256, device=stream.device)[:, None] // torch.tensor(POWERS, device=stream.device) % 3
         return digits.to(torch.uint8)[stream.long()].reshape(-1)[:count].view(shape)
     width = int(bits)
-    octets = F.pad(stream.long(), (0, -stream.numel() % width)).view(-1, width)
-    word = (octets << (8 * torch.arange(width, device=stream.device))).sum(dim=1)
-    codes = (word[:, None] >> (width * torch.arange(8, device=stream.device))) & (2**width - 1)
-    flat: Tensor = codes.to(torch.uint8).reshape(-1)[:count]
+    if 8 % width == 0:
+        codes = (stream[:, None] >> torch.arange(0, 8, width, dtype=torch.uint8, device=stream.device)) & (2**width - 1)
+    else:
+        octets = F.pad(stream, (0, -stream.numel() % width)).view(-1, width)
+        # Piece by piece: in 64-bit words a large tensor would take twice the memory of its float32 values.
+        codes = torch.cat([_eight_codes(piece, width) for piece in octets.split(WORDS)])
+    flat: Tensor = codes.reshape(-1)[:count]
     return flat.view(shape)
+
+
+def _eight_codes(octets: Tensor, width: int) -> Tensor:
+    """uint8 [n, 8] from the ``width`` bytes that hold them, uint8 [n, width]."""
+    word = (octets.long() << (8 * torch.arange(width, device=octets.device))).sum(dim=1)
+    codes = (word[:, None] >> (width * torch.arange(8, device=octets.device))) & (2**width - 1)
+    return codes.to(torch.uint8)
