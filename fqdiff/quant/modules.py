@@ -19,7 +19,7 @@ from fqdiff.quant.packed import PackedTensor, unpack_tensor
 class PackedParameter(nn.Module):
     """One parameter as it is stored; calling it gives its float32 values, without a gradient of their own.
 
-    The parts are buffers, and move with ``.to(device)``. With ``cache`` they are kept from the first call on.
+    The parts are buffers, and move with ``.to(device)``. With ``cache`` the values are kept from the first call on.
     """
 
     def __init__(self, packed: PackedTensor, cache: bool) -> None:
