@@ -18,6 +18,7 @@ from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.models.registry import build
 from fqdiff.quant.container import Description
 from fqdiff.quant.formats import PerTensor, get_format
+from fqdiff.quant.modules import hold_packed
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
 from fqdiff.quant.ranges import FISHER
 
@@ -78,16 +79,26 @@ class ModelSpec:
 
     def network(self, tensors: Tensors) -> nn.Module:
         """The network in eval mode with ``tensors`` as its parameters, keyed by parameter name; none missing, none left."""
+        network = self._empty_network({name: tuple(t.shape) for name, t in tensors.items()})
+        network.load_state_dict(dict(tensors), strict=True, assign=True)
+        return network.eval().requires_grad_(False)
+
+    def packed_network(self, packed: Mapping[str, PackedTensor], cache: bool) -> nn.Module:
+        """The network in eval mode that holds ``packed`` and no other weights, see :mod:`fqdiff.quant.modules`."""
+        network = self._empty_network({name: p.shape for name, p in packed.items()})
+        hold_packed(network, packed, cache)
+        return network.eval()
+
+    def _empty_network(self, got: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """The network without weights. Raises ArtifactCorrupt unless its parameters have just the shapes ``got``."""
         network = build(self.architecture, "meta")
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-        got = {name: tuple(t.shape) for name, t in tensors.items()}
         if got != shapes:
             wrong = sorted(n for n in shapes.keys() | got.keys() if shapes.get(n) != got.get(n))
             raise ArtifactCorrupt(
                 f"tensors do not fit the architecture: {', '.join(wrong[:3])}", "the file is not what its manifest says"
             )
-        network.load_state_dict(dict(tensors), strict=True, assign=True)
-        return network.eval().requires_grad_(False)
+        return network
 
 
 def model_description(spec: ModelSpec) -> dict[str, object]:
@@ -141,6 +152,13 @@ class QuantizedCheckpoint:
     def network(self) -> nn.Module:
         """The network, in eval mode, its float32 weights computed from the packed tensors alone."""
         return self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()})
+
+    def packed_network(self, cache: bool = False) -> nn.Module:
+        """The same network, to the bit, with the packed tensors as its only weights: slower, and as small as the file.
+
+        With ``cache`` the float32 weights of each layer are kept from its first use on.
+        """
+        return self.spec.packed_network(self.packed, cache)
 
 
 Model = Checkpoint | QuantizedCheckpoint

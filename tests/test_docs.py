@@ -2,8 +2,10 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fqdiff.cli.app import app
@@ -52,6 +54,15 @@ def test_the_fisher_example_names_tensors(store: str) -> None:
     names = load(ROOT / "examples" / "query_fisher.py").main(store)
     assert len(set(names)) == 5
     assert "head.output.weight" in names
+
+
+def test_the_python_page_runs_from_top_to_bottom(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FQDIFF_STORE", store)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec("".join(blocks), names)
+    assert names["images"].dtype == torch.uint8
+    assert names["images"].shape == (4, *names["network"].spec.image_shape)
 
 
 def test_every_command_in_the_readme_exists() -> None:

@@ -168,5 +168,7 @@ def quantize(x: Tensor, qparams: QParams, fmt: Format, granularity: Granularity)
 
 def dequantize(codes: Tensor, qparams: QParams, granularity: Granularity) -> Tensor:
     """float32 values of ``codes``."""
-    rows = (group_rows(codes, granularity).float() - qparams.zero_point[:, None]) * qparams.scale[:, None]
+    # In place: a float32 copy of the tensor is what memory has to hold, not two.
+    rows = group_rows(codes, granularity).to(torch.float32, copy=True)
+    rows.sub_(qparams.zero_point[:, None]).mul_(qparams.scale[:, None])
     return from_rows(rows, tuple(codes.shape), granularity)

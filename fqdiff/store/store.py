@@ -192,14 +192,7 @@ class Store:
                 if path.name not in listed and not path.name.startswith("."):
                     raise ArtifactCorrupt(f"{path} is not in the manifest, so nothing vouches for it", again)
             for record in manifest.files:
-                path = folder / record.name
-                size = plain_size(path, again)
-                if size != record.bytes:
-                    raise ArtifactCorrupt(f"{path} is damaged: {size} bytes, recorded {record.bytes}", again)
-                digest = sha256_of(path)
-                if digest != record.sha256:
-                    recorded = f"recorded {record.sha256[:12]}…"
-                    raise ArtifactCorrupt(f"{path} is damaged: sha256 {digest[:12]}…, {recorded}", again)
+                check_file(folder / record.name, record, again)
 
     def lineage(self, manifest: Manifest) -> Iterator[tuple[int, Manifest | None, str, str]]:
         """(depth, manifest or None if gone, role, kind/id) of ``manifest`` and all it was made from, depth first.
@@ -253,6 +246,16 @@ class Store:
                     (found if finished else folders).append(parts)
         temporary = (path for folder in folders for path in _entries(folder) if path.name.startswith(TEMPORARY))
         return found + [path for path in temporary if not path.is_symlink()]
+
+
+def check_file(path: Path, record: FileRecord, hint: str) -> None:
+    """Raise ArtifactCorrupt unless a file has the size and the hash that its manifest records."""
+    size = plain_size(path, hint)
+    if size != record.bytes:
+        raise ArtifactCorrupt(f"{path} is damaged: {size} bytes, recorded {record.bytes}", hint)
+    digest = sha256_of(path)
+    if digest != record.sha256:
+        raise ArtifactCorrupt(f"{path} is damaged: sha256 {digest[:12]}…, recorded {record.sha256[:12]}…", hint)
 
 
 def _entries(folder: Path) -> list[Path]:
