@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_type_hints
 
 import typer
 
@@ -201,6 +201,7 @@ class Session:
 
     def _from_file(self, table: str, kind: type[Config]) -> dict[str, object]:
         known = {f.name: getattr(kind, f.name, None) for f in fields(kind)}  # type: ignore[arg-type]
+        hints = get_type_hints(kind)
         values: dict[str, object] = {}
         for key, value in self.tables().get(table, {}).items():
             if key in OUTSIDE_CONFIG.get(table, ()):
@@ -208,7 +209,9 @@ class Session:
             if key not in known or key == "architecture":
                 listed = ", ".join(k for k in known if k != "architecture")
                 raise ConfigError(f"unknown setting '{key}' in [{table}] of {self.config_path}", f"known: {listed}")
-            values[key] = _checked(f"{table}.{key}", value, known[key])
+            # An empty tuple does not tell what it could hold; its type does.
+            example = (get_args(hints[key])[0](),) if known[key] == () else known[key]
+            values[key] = _checked(f"{table}.{key}", value, example)
         return values
 
     # --- progress and interruption ---------------------------------------------------------------------------------
@@ -262,7 +265,7 @@ def _checked(name: str, value: object, default: object) -> object:
     if isinstance(default, float) and type(value) is int:
         return float(value)
     if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(_checked(name, element, default[0] if default else 0.0) for element in value)
+        return tuple(_checked(name, element, default[0]) for element in value)
     if type(value) is not type(default):
         raise ConfigError(f"{name} is {value!r}", f"a {type(default).__name__}, such as {default!r}")
     return value

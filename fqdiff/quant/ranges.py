@@ -5,6 +5,8 @@ shrinks in the same direction, so that the errors add up where those of rounding
 output error may rise.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,10 @@ from fqdiff.quant.qparams import (
     range_qparams,
 )
 
-SHRINK_STEPS = 80
+SHRINKS = tuple(1 - 0.01 * step for step in range(80))
+COARSE = tuple(
+    1 - 0.04 * step for step in range(20)
+)  # a quarter of the time, and within a few thousandths of the least error
 PERCENTILE = 0.999  # of a group's weights on each side lie within the range
 MIN_MAX, MSE, FISHER, WITHIN = RANGES
 
@@ -41,7 +46,7 @@ def fitted_qparams(
         return choose_qparams(x, fmt, granularity, weight if span == FISHER else None)
     if span == WITHIN:
         return percentile_qparams(x, fmt, granularity)
-    return least_error_qparams(x, fmt, granularity, weight if span == FISHER else None)
+    return least_error_qparams(x, fmt, granularity, weight if span == FISHER else None, COARSE)
 
 
 def percentile_qparams(x: Tensor, fmt: Format, granularity: Granularity) -> QParams:
@@ -52,8 +57,14 @@ def percentile_qparams(x: Tensor, fmt: Format, granularity: Granularity) -> QPar
     return range_qparams(ordered[:, beyond], ordered[:, -1 - beyond], fmt, granularity.scale_dtype)
 
 
-def least_error_qparams(x: Tensor, fmt: Format, granularity: Granularity, weight: Tensor | None = None) -> QParams:
-    """Parameters of the range c * (min, max), c = 1, 0.99, ... 0.21, with the least squared error, group by group.
+def least_error_qparams(
+    x: Tensor,
+    fmt: Format,
+    granularity: Granularity,
+    weight: Tensor | None = None,
+    shrinks: Sequence[float] = SHRINKS,
+) -> QParams:
+    """Parameters of the range c * (min, max), c in ``shrinks``, falling, with the least squared error, group by group.
 
     The search of Q-Diffusion (Li et al. 2023) and BRECQ, with the square for the error, each weighted by ``weight`` where it
     is given. Ties go to the wider range.
@@ -64,8 +75,7 @@ def least_error_qparams(x: Tensor, fmt: Format, granularity: Granularity, weight
     best = range_qparams(low, high, fmt, granularity.scale_dtype)
     weights = None if weight is None else group_rows(weight, granularity).double()
     least = torch.full((len(rows),), float("inf"), dtype=torch.float64, device=x.device)
-    for step in range(SHRINK_STEPS):
-        shrink = 1 - 0.01 * step
+    for shrink in shrinks:
         qparams = range_qparams(shrink * low, shrink * high, fmt, granularity.scale_dtype)
         back = dequantize(quantize(x, qparams, fmt, granularity), qparams, granularity)
         error = group_rows(back - x, granularity).double().square()
