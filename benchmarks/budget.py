@@ -141,7 +141,7 @@ def ours(
     except ConfigError:
         return None
     inputs = {"checkpoint": checkpoint, "plan": plan}
-    if runner.load(plan).fits_fisher:
+    if tables[table].recipe.config["granularity"] == "weight":
         inputs["fisher"] = tables[table]
     made = runner.run(Step("quantize", inputs, QuantizeConfig()))
     return plan.id, made.file("model.safetensors").bytes, runner.load(made)

@@ -79,7 +79,8 @@ def make_chain(
             {"checkpoint": checkpoint} if config.strategy == "uniform" else {"checkpoint": checkpoint, "fisher": table}
         )
         plan = Step("plan", inputs, config)
-        model = Step("quantize", {"checkpoint": checkpoint, "plan": plan}, QuantizeConfig())
+        fitted = {"fisher": table} if "fisher" in inputs and fisher.granularity == "weight" else {}
+        model = Step("quantize", {"checkpoint": checkpoint, "plan": plan, **fitted}, QuantizeConfig())
         rows.append(row(label, plan, model, Step("sample", {"model": model}, sample, seed)))
     other = Step("sample", {"model": checkpoint}, sample, seed + 1)
     floor = row("FP32, other noise", None, checkpoint, other)

@@ -13,7 +13,6 @@ from fqdiff.configs import QuantizeConfig
 if TYPE_CHECKING:
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
-    from fqdiff.values import Plan
 
 
 @common(*NOTHING_RANDOM)
@@ -51,11 +50,12 @@ def quantize(
 
 
 def quantize_step(session: Session, plan_manifest: "Manifest") -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with the Fisher table if it fits ranges to it."""
+    """The step that carries out a plan on the checkpoint it was made for, with its Fisher table if that has single weights."""
     from fqdiff.pipeline import Step
 
-    plan: Plan = session.runner.load(plan_manifest)
     inputs = {"checkpoint": only_input(session, plan_manifest, "checkpoint"), "plan": plan_manifest}
-    if plan.fits_fisher:
-        inputs["fisher"] = only_input(session, plan_manifest, "fisher")
+    if plan_manifest.input("fisher") is not None:
+        table = only_input(session, plan_manifest, "fisher")
+        if table.recipe.config.get("granularity") == "weight":
+            inputs["fisher"] = table
     return Step("quantize", inputs, QuantizeConfig())
