@@ -1,31 +1,27 @@
-"""Plans for a byte budget against every control, and against other tools, on one model: bytes, noise error, image error.
+"""Plans for a byte budget against every control, on one model: bytes, noise error, image error.
 
     fqdiff import pretrained:mnist-small --name mnist-small
     fqdiff fisher mnist-small --kind true --timesteps 100 --granularity weight --name loss
     fqdiff fisher mnist-small --kind trajectory --samples 64 --name runs
-    pip install -c constraints.txt optimum-quanto sdnq        # left out of the table where they are not installed
     python benchmarks/budget.py mnist-small --loss loss --runs runs --budgets 2,2.5,3,4 --images 128
 
 Everything is counted in bits per weight: the size of the file, over the weights of the network. All models start from the same
 noise. Noise error: 1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs, and over timesteps. Image error: squared
 difference of pixels in [-1, 1] to the full-precision model's image from the same noise, with a 95 % bootstrap interval over
-images. FID: of --fid images, with the digits features.
+images.
 """
 
 import argparse
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fqdiff.configs import PlanConfig, QuantizeConfig, SampleConfig
 from fqdiff.context import Context
@@ -38,7 +34,7 @@ from fqdiff.sensitivity.measure import outputs, residual, rises
 from fqdiff.stages.sample import sample
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
-from fqdiff.values import Checkpoint, ModelSpec, SampleSet
+from fqdiff.values import Checkpoint, SampleSet
 
 CPU = torch.device("cpu")
 TIMESTEPS, SAMPLES = 20, 5  # held-out inputs of the noise error
@@ -65,20 +61,8 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A network that another tool has quantized, as what the sample stage takes."""
-
-    spec: ModelSpec
-    module: nn.Module
-
-    def network(self) -> nn.Module:
-        """The module as it is."""
-        return self.module
-
-
-@dataclass(frozen=True)
 class Row:
-    """One model of the table; ``source``: the id of its plan, or the call that made it."""
+    """One model of the table; ``source``: the id of its plan, or of the checkpoint."""
 
     budget: float | None
     label: str
@@ -147,62 +131,6 @@ def ours(
     return plan.id, made.file("model.safetensors").bytes, runner.load(made)
 
 
-def quanto(checkpoint: Checkpoint, kind: str, ends: bool) -> tuple[str, int, Any]:
-    """optimum-quanto's weights in ``kind``; stem and head in qint8, or with ``ends`` as all others."""
-    from optimum.quanto import freeze, qtypes, quantize
-    from safetensors.torch import save_file
-
-    network = checkpoint.network()
-    quantize(network, weights=qtypes[kind], exclude=None if ends else ["stem*", "head*"])
-    if not ends:
-        quantize(network, weights=qtypes["qint8"], include=["stem*", "head*"])
-    freeze(network)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
-        size = path.stat().st_size
-    return f"optimum-quanto {kind}{'' if ends else ', ends qint8'}", size, Foreign(checkpoint.spec, network)
-
-
-def sdnq(checkpoint: Checkpoint, kind: str, ends: bool) -> tuple[str, int, Any]:
-    """SDNQ's weights in ``kind`` with convolutions; stem and head kept, or with ``ends`` as all others."""
-    from safetensors.torch import save_file
-    from sdnq import sdnq_post_load_quant
-
-    network = sdnq_post_load_quant(
-        checkpoint.network(),
-        weights_dtype=kind,
-        quant_conv=True,
-        modules_to_not_convert=[] if ends else ["stem", "head"],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
-        size = path.stat().st_size
-    return f"SDNQ {kind}{'' if ends else ', ends kept'}", size, Foreign(checkpoint.spec, network)
-
-
-OTHERS: dict[str, tuple[str, Callable[[Checkpoint, str, bool], tuple[str, int, Any]], tuple[str, ...]]] = {
-    "optimum-quanto": ("optimum.quanto", quanto, ("qint8", "qint4", "qint2")),
-    "SDNQ": ("sdnq", sdnq, ("int8", "int6", "int5", "int4", "int3", "int2")),
-}
-
-
-def others(checkpoint: Checkpoint) -> Iterator[tuple[str, int, Any]]:
-    """Every width of every other tool that is installed."""
-    for name, (module, make, kinds) in OTHERS.items():
-        try:
-            present = find_spec(module) is not None
-        except ModuleNotFoundError:
-            present = False
-        if not present:
-            print(f"{name} is not installed: left out")
-            continue
-        for kind in kinds:
-            for ends in (False, True):
-                yield make(checkpoint, kind, ends)
-
-
 def line(row: Row, parameters: int) -> str:
     """``row`` as one line of the table."""
     bits = 8 * row.file_bytes / parameters
@@ -222,7 +150,6 @@ def main() -> None:
     parser.add_argument("--runs", required=True, help="Fisher table of sampler runs")
     parser.add_argument("--budgets", default="2,2.5,3,4")
     parser.add_argument("--strategies", default="/".join(STRATEGIES), help="separated by slashes; empty for none")
-    parser.add_argument("--no-others", action="store_true", help="leave other tools out")
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--output", type=Path, help="also write the rows here, as JSON")
@@ -262,9 +189,6 @@ def main() -> None:
                 print(f"{name:30} nothing fits {budget:g} bits per weight")
             else:
                 add(judge.row(budget, f"{name}, {budget:g}", *made))
-    if not options.no_others:
-        for label, size, model in others(checkpoint):
-            add(judge.row(None, label, label, size, model))
 
 
 if __name__ == "__main__":
