@@ -31,6 +31,7 @@ from fqdiff.fisher.draws import Batch
 from fqdiff.fisher.timesteps import BATCH, Layout, Task, measure
 from fqdiff.fisher.workers import Workers, workers
 from fqdiff.models.registry import build, output_axes, unet_architecture, unet_config
+from fqdiff.quant.packed import unpack_tensor
 from fqdiff.stages.fisher import fisher
 from fqdiff.store.pretrained import open_model
 from fqdiff.store.sources import dataset_config, load_dataset
@@ -204,8 +205,9 @@ def variance(timesteps: int, samples: int, seeds: int) -> None:
 
     The error of a row is the spread of its mean over independent seeds, so that nothing rests on the formulas under test.
     """
-    model = open_model("pretrained:mnist-small")
-    checkpoint = Checkpoint(model.spec, model.tensors, None, torch.zeros(1, *model.spec.image_shape, dtype=torch.uint8))
+    model = open_model("pretrained:mnist-small").model
+    tensors = {name: unpack_tensor(packed) for name, packed in model.packed.items()}
+    checkpoint = Checkpoint(model.spec, tensors, None, torch.zeros(1, *model.spec.image_shape, dtype=torch.uint8))
     data = load_dataset(dataset_config("mnist5k", 32), 0, Context())
     print(f"{timesteps} timesteps x {samples} samples, {seeds} seeds; weight tensors only")
     print(f"{'drawing':12} {'one row':>10} {'mean over t':>12} {'ratio of neighbours in t':>26}   samples for 5 %")
