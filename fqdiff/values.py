@@ -19,6 +19,7 @@ from fqdiff.models.registry import build
 from fqdiff.quant.container import Description
 from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
+from fqdiff.quant.timestep_bias import add_timestep_bias
 
 Tensors = Mapping[str, Tensor]
 
@@ -127,10 +128,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A model whose every parameter is stored as its plan says; there is no other copy of the weights."""
+    """A model whose every parameter is stored as its plan says; there is no other copy of the weights.
+
+    ``timestep_bias`` float16 [K, O], keyed by layer: what its output gets added in each of K intervals of timesteps.
+    """
 
     spec: ModelSpec
     packed: Mapping[str, PackedTensor]
+    timestep_bias: Tensors = field(default_factory=dict)
 
     @property
     def described(self) -> dict[str, Description]:
@@ -139,7 +144,9 @@ class QuantizedCheckpoint:
 
     def network(self) -> nn.Module:
         """The network, in eval mode, its float32 weights computed from the packed tensors alone."""
-        return self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()})
+        network = self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()})
+        add_timestep_bias(network, self.timestep_bias, self.spec.noise_schedule().num_train_timesteps)
+        return network
 
 
 Model = Checkpoint | QuantizedCheckpoint

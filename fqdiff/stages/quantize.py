@@ -1,5 +1,6 @@
 """Carry out a plan: every parameter packed in its format. Nothing of the full-precision weights is kept beside."""
 
+from fqdiff.calibration.bias import correct_bias
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import LineageError
@@ -11,9 +12,10 @@ from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint
 def quantize(
     checkpoint: Checkpoint, plan: Plan, config: QuantizeConfig, seed: int, context: Context
 ) -> QuantizedCheckpoint:
-    """``checkpoint`` packed as ``plan`` says, to the byte.
+    """``checkpoint`` packed as ``plan`` says, to the byte; timestep biases, where asked for, come on top.
 
-    Raises LineageError where the plan's parameters are not the checkpoint's, QuantizationError on NaN or overflow.
+    Biases are corrected on calibration inputs drawn with ``seed``. Raises LineageError where the plan's parameters are not the
+    checkpoint's, QuantizationError on NaN or overflow.
     """
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
@@ -24,4 +26,6 @@ def quantize(
         )
         for e in plan.entries
     }
-    return QuantizedCheckpoint(checkpoint.spec, packed)
+    if config.bias_correction == "none":
+        return QuantizedCheckpoint(checkpoint.spec, packed)
+    return QuantizedCheckpoint(checkpoint.spec, *correct_bias(checkpoint, packed, config, seed, context))
