@@ -2,9 +2,9 @@
 
     python benchmarks/bias_correction.py int4 int3 int2 bpw3 bpw2.5
 
-Names are those of plans in the store. The noise-prediction error is 1/2 mean |eps_q - eps|^2, summed over pixels, on held-out
-images at 20 timesteps (5 each), averaged over all timesteps; the shift is the root of the mean square, over timesteps, of the mean
-of eps_q - eps. The image error is the mean squared difference between pixels (in [-1, 1]) of final images of DDIM-25 from the same
+Names are those of plans in the store. The noise error is 1/2 mean |eps_q - eps|^2, summed over pixels, on held-out images at 20
+timesteps (5 each), averaged over all timesteps; the noise shift is the root of the mean square, over timesteps, of the mean of
+eps_q - eps. The image error is the mean squared difference between pixels (in [-1, 1]) of final images of DDIM-25 from the same
 noise, with the standard error of its paired difference to no correction; the image shift is the mean difference.
 """
 

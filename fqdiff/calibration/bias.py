@@ -2,9 +2,8 @@
 
 b <- b - E[(Q(W) - W) x], for each output channel, over calibration inputs and positions (Nagel et al. 2019, arXiv:1906.04721,
 section 4.2). The x are those of the full-precision network: a layer answers for its own rounding, and one pass serves all
-layers. Taking x in the quantized network, layer by layer, makes no difference that was measurable; matching E[Q(W) x_q] with
-E[W x] there, so that a layer also makes up for those before it, moves the predicted noise further off
-(docs/results/bias-correction.md).
+layers. x of the quantized network, layer by layer, gave nearly the same; matching E[Q(W) x_q] with E[W x] there, so that a
+layer also makes up for those before it, left a larger error of the predicted noise (docs/results/bias-correction.md).
 Shapes: B batch, K intervals of timesteps, O output channels.
 """
 
