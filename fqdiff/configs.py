@@ -300,9 +300,34 @@ class ValidateConfig:
         require(self.resamples >= 2, f"resamples is {self.resamples}", "an interval needs 2 or more, e.g. 1000")
 
 
+BIAS_CORRECTIONS = ("none", "static", "timestep")
+
+
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Nothing to choose yet: the plan says it all."""
+    """How biases make up for what rounding does to the mean of a layer's output; the plan says all the rest.
+
+    ``static``: one correction for all timesteps. ``timestep``: also one for each of ``bias_intervals`` intervals of them, which
+    adds to the file. Both look at ``calibration_images`` DDIM runs of ``calibration_steps`` steps of the full-precision model.
+    """
+
+    bias_correction: str = "none"
+    bias_intervals: int = 10
+    calibration_images: int = 32
+    calibration_steps: int = 20
+
+    def __post_init__(self) -> None:
+        known = f"one of: {', '.join(BIAS_CORRECTIONS)}"
+        require(self.bias_correction in BIAS_CORRECTIONS, f"unknown bias correction '{self.bias_correction}'", known)
+        for name in ("bias_intervals", "calibration_images", "calibration_steps"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "use 1 or more")
+        unused = {"none": ("bias_intervals", "calibration_images", "calibration_steps"), "static": ("bias_intervals",)}
+        for name in unused.get(self.bias_correction, ()):
+            require(
+                getattr(self, name) == getattr(QuantizeConfig, name),
+                f"bias correction '{self.bias_correction}' has no use for {name}",
+                "leave it out",
+            )
 
 
 @dataclass(frozen=True)

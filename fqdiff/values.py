@@ -21,6 +21,7 @@ from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.modules import hold_packed
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
 from fqdiff.quant.ranges import FISHER
+from fqdiff.quant.timestep_bias import add_timestep_bias
 
 Tensors = Mapping[str, Tensor]
 
@@ -139,10 +140,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A model whose every parameter is stored as its plan says; there is no other copy of the weights."""
+    """A model whose every parameter is stored as its plan says; there is no other copy of the weights.
+
+    ``timestep_bias`` float16 [K, O], keyed by layer: what its output gets added in each of K intervals of timesteps.
+    """
 
     spec: ModelSpec
     packed: Mapping[str, PackedTensor]
+    timestep_bias: Tensors = field(default_factory=dict)
 
     @property
     def described(self) -> dict[str, Description]:
@@ -151,14 +156,18 @@ class QuantizedCheckpoint:
 
     def network(self) -> nn.Module:
         """The network, in eval mode, its float32 weights computed from the packed tensors alone."""
-        return self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()})
+        return self._biased(self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()}))
 
     def packed_network(self, cache: bool = False) -> nn.Module:
         """The same network, to the bit, with the packed tensors as its only weights: slower, and as small as the file.
 
         With ``cache`` the float32 weights of each layer are kept from its first use on.
         """
-        return self.spec.packed_network(self.packed, cache)
+        return self._biased(self.spec.packed_network(self.packed, cache))
+
+    def _biased(self, network: nn.Module) -> nn.Module:
+        add_timestep_bias(network, self.timestep_bias, self.spec.noise_schedule().num_train_timesteps)
+        return network
 
 
 Model = Checkpoint | QuantizedCheckpoint

@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},
-    {"viz", "fisher", "preview", "sensitivity"},
+    {"viz", "fisher", "preview", "sensitivity", "calibration"},
     {"planning"},
     {"stages"},
     {"store"},

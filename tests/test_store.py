@@ -179,7 +179,8 @@ def tiny_value(kind: str) -> Any:
         return Plan("budget", tuple(entries), size, Budget("fisher", "uniform", size, None, 0.0, 0.0, "budget"))
     if kind == "quantized":
         packed = {name: pack_tensor(t, chosen[name], grains[name]) for name, t in tensors.items()}
-        return QuantizedCheckpoint(spec, packed)
+        tables = {name: torch.randn(3, o, generator=draw).half() for name, o in (("head.output", 1), ("stem.conv", 4))}
+        return QuantizedCheckpoint(spec, packed, tables)
     if kind == "samples":
         return SampleSet(tiny_images(6), seed=5)
     if kind == "features":

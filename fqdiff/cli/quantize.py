@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.output import copy_out
-from fqdiff.cli.session import NOTHING_RANDOM, Session, common, only_input
+from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
 from fqdiff.configs import QuantizeConfig
 
@@ -15,17 +15,51 @@ if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
 
 
-@common(*NOTHING_RANDOM)
+@common()
 def quantize(
     session: Session,
     source: Annotated[
         str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="[PLAN]")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also copy the safetensors file here.")] = None,
+    bias_correction: Annotated[
+        str | None,
+        typer.Option(
+            help="What biases make up for: none, static (the mean over timesteps), or timestep, which adds to the file.",
+            show_default=QuantizeConfig.bias_correction,
+        ),
+    ] = None,
+    bias_intervals: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Intervals of timesteps with a correction of their own.",
+            show_default=f"{QuantizeConfig.bias_intervals}",
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Sampler runs of the full-precision model to correct on.",
+            show_default=f"{QuantizeConfig.calibration_images}",
+        ),
+    ] = None,
+    calibration_steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="DDIM steps of each.", show_default=f"{QuantizeConfig.calibration_steps}"),
+    ] = None,
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
-    step = quantize_step(session, chosen)
+    step = quantize_step(
+        session,
+        chosen,
+        bias_correction=bias_correction,
+        bias_intervals=bias_intervals,
+        calibration_images=calibration_images,
+        calibration_steps=calibration_steps,
+    )
     manifest = session.make(step)
     if manifest is None:
         return
@@ -40,17 +74,22 @@ def quantize(
         "file": str(path),
         "file_bytes": file.bytes,
         "promised_bytes": promised,
+        "timestep_bias_bytes": file.bytes - promised,
     }
 
     def text() -> str:
-        same = "as planned" if file.bytes == promised else f"the plan said {promised:,}"
+        extra = file.bytes - promised
+        same = "as planned" if not extra else f"the plan's {promised:,} and {extra:,} of biases by timestep"
         return f"quantized {manifest.id}: {mebibytes(file.bytes)}, {same}\n{output or path}"
 
     session.result(data, text)
 
 
-def quantize_step(session: Session, plan_manifest: "Manifest") -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with its Fisher table if that has single weights."""
+def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) -> "Step":
+    """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file.
+
+    It gets the plan's Fisher table where that has values of single weights, which ranges may be fitted to.
+    """
     from fqdiff.pipeline import Step
 
     inputs = {"checkpoint": only_input(session, plan_manifest, "checkpoint"), "plan": plan_manifest}
@@ -58,4 +97,6 @@ def quantize_step(session: Session, plan_manifest: "Manifest") -> "Step":
         table = only_input(session, plan_manifest, "fisher")
         if table.recipe.config.get("granularity") == "weight":
             inputs["fisher"] = table
-    return Step("quantize", inputs, QuantizeConfig())
+    config = session.settings("quantize", QuantizeConfig, {}, **flags)
+    seed = session.seed if config.bias_correction != "none" else 0  # nothing else is random
+    return Step("quantize", inputs, config, seed)

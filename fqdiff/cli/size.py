@@ -10,11 +10,14 @@ from fqdiff.cli.session import STORE_OPTIONS, Session, common
 from fqdiff.cli.show import BLOCKS, artifact_data, mebibytes, table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fqdiff.quant.container import Description
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import Model
 
 Row = dict[str, str | int | float]
+TIMESTEP_BIAS = "timestep_bias"
 
 
 @common(*STORE_OPTIONS)
@@ -33,7 +36,8 @@ def size(
 
     manifest = session.resolve(ref, ("quantized", "checkpoint"))
     model: Model = session.runner.load(manifest)
-    by_tensor = tensor_rows(model.described, parameter_blocks(build(model.spec.architecture, "meta")))
+    blocks = parameter_blocks(build(model.spec.architecture, "meta"))
+    by_tensor = tensor_rows(model.described, blocks, getattr(model, "timestep_bias", {}))
     file_bytes = manifest.file("model.safetensors").bytes
     whole = total({"block": "file"}, by_tensor)
     kinds = {kind: int(whole[kind]) for kind in payload_kinds()} | {"header": file_bytes - int(whole["bytes"])}
@@ -55,17 +59,24 @@ def payload_kinds() -> list[str]:
     """Kinds of stored bytes but for the header."""
     from fqdiff.quant.container import PART_KINDS
 
-    return list(PART_KINDS.values())
+    return [*PART_KINDS.values(), TIMESTEP_BIAS]
 
 
-def tensor_rows(described: "Mapping[str, Description]", blocks: Mapping[str, str]) -> list[Row]:
-    """Every parameter, how it is stored, and its payload bytes by kind, in the order of the model."""
+def tensor_rows(
+    described: "Mapping[str, Description]", blocks: Mapping[str, str], tables: "Mapping[str, Tensor]"
+) -> list[Row]:
+    """Every parameter, how it is stored, and its payload bytes by kind, in the order of the model.
+
+    A layer's table of biases by timestep counts with its bias.
+    """
     from fqdiff.quant.container import bytes_by_kind
 
     rows: list[Row] = []
     for name in blocks:
         shape, fmt, granularity = described[name]
         kinds = bytes_by_kind(described[name])
+        if name.removesuffix(".bias") in tables:
+            kinds[TIMESTEP_BIAS] = tables[name.removesuffix(".bias")].nbytes
         how: Row = {"tensor": name, "block": blocks[name], "format": fmt.name, "granularity": str(granularity)}
         payload, weights = sum(kinds.values()), prod(shape)
         bits: Row = {"bits_per_weight": 8 * payload / weights}
@@ -88,7 +99,8 @@ def total(label: Row, rows: list[Row]) -> Row:
 def size_text(manifest: "Manifest", rows: list[Row], whole: Row, file_bytes: int) -> str:
     """The table for people: rows, header, and the whole file."""
     words = [key for key in ("tensor", "block", "format", "granularity") if key in rows[0]]
-    numbers = ["weights", *payload_kinds(), "bytes"]
+    kinds = [kind for kind in payload_kinds() if kind != TIMESTEP_BIAS or whole[kind]]  # few models have any
+    numbers = ["weights", *kinds, "bytes"]
 
     def line(row: Row, bits: float) -> list[str]:
         return [*(str(row.get(w, "")) for w in words), *(f"{row[n]:,}" for n in numbers), f"{bits:.3f}"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fqdiff.calibration.bias import correct_bias
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import LineageError
@@ -21,10 +22,11 @@ def quantize(
     seed: int,
     context: Context,
 ) -> QuantizedCheckpoint:
-    """``checkpoint`` packed as ``plan`` says, to the byte; ``fisher`` is the plan's own table, where it fits ranges to it.
+    """``checkpoint`` packed as ``plan`` says, to the byte; timestep biases, where asked for, come on top.
 
-    Raises LineageError where the plan's parameters are not the checkpoint's or the table is missing, QuantizationError on NaN
-    or overflow.
+    ``fisher`` is the plan's own table, where it fits ranges to it. Biases are corrected on calibration inputs drawn with
+    ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is missing,
+    QuantizationError on NaN or overflow.
     """
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
@@ -49,4 +51,6 @@ def quantize(
                 weights.get(e.parameter),
             )
             bar.update()
-    return QuantizedCheckpoint(checkpoint.spec, packed)
+    if config.bias_correction == "none":
+        return QuantizedCheckpoint(checkpoint.spec, packed)
+    return QuantizedCheckpoint(checkpoint.spec, *correct_bias(checkpoint, packed, config, seed, context))

@@ -16,6 +16,8 @@ from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, stored_bytes
+from fqdiff.quant.timestep_bias import SUFFIX as TIMESTEP_BIAS
+from fqdiff.quant.timestep_bias import check_tables
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
 from fqdiff.store.files import JSON_LIMIT, MAKE_AGAIN, read_json, read_tensors, readable, write_tensors
 from fqdiff.store.fisher_files import load_fisher, save_fisher
@@ -231,6 +233,7 @@ def load_quantized(directory: Path) -> QuantizedCheckpoint:
 def write_model(value: QuantizedCheckpoint, path: Path) -> None:
     """The model file that :func:`read_model` reads; equal values give equal bytes."""
     tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
+    tensors |= {layer + TIMESTEP_BIAS: table for layer, table in value.timestep_bias.items()}
     write_tensors(path, tensors, metadata(model_description(value.spec), value.described))
 
 
@@ -239,13 +242,18 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
     tensors, meta = read_tensors(path, hint)
     with readable(path, "a model", hint):
         packed = {name: _packed_tensor(name, facts, tensors) for name, facts in mapping(meta["quantized"]).items()}
+        tables = {
+            name.removesuffix(TIMESTEP_BIAS): tensors.pop(name) for name in [*tensors] if name.endswith(TIMESTEP_BIAS)
+        }
         casts = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
         for name, tensor in tensors.items():
             if tensor.dtype not in casts or name in packed:
                 raise ValueError(f"'{name}' is {tensor.dtype}, and no format says how to read it")
             fmt = get_format(casts[tensor.dtype])
             packed[name] = PackedTensor(fmt, PerTensor(), tuple(tensor.shape), {"data": tensor})
-        return QuantizedCheckpoint(_model_spec(meta, {name: p.shape for name, p in packed.items()}), packed)
+        spec = _model_spec(meta, {name: p.shape for name, p in packed.items()})
+        check_tables(build(spec.architecture, "meta"), tables, spec.noise_schedule().num_train_timesteps)
+        return QuantizedCheckpoint(spec, packed, tables)
 
 
 def _packed_tensor(name: str, facts: Any, tensors: dict[str, Tensor]) -> PackedTensor:

@@ -73,6 +73,8 @@ def _read_casts(path: Path, hint: str) -> QuantizedCheckpoint:
     """The model in ``path``, whose every value is a finite floating-point number."""
     model = read_model(path, hint)
     with readable(path, "a model to import", hint):
+        if model.timestep_bias:
+            raise ValueError("it has biases by timestep; plans start from a model without")
         for name, packed in model.packed.items():
             if not packed.format.is_cast:
                 raise ValueError(f"'{name}' is {packed.format.name}; plans start from half or full precision")

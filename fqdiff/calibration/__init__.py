@@ -1,0 +1,1 @@
+"""What a model meets while it samples, and what quantization learns from it."""
