@@ -68,7 +68,7 @@ STAGES: Mapping[str, Stage] = {
         "fqdiff.stages.validate:validate",
         ("checkpoint", "dataset", "empirical", "true", "trajectory"),
     ),
-    "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher")),
+    "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher", "dataset")),
     "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan")),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),

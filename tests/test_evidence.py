@@ -226,7 +226,7 @@ def test_a_quantized_model_is_sampled_from_its_packed_tensors_alone(checkpoint: 
 def test_a_float32_plan_changes_no_pixel(checkpoint: Checkpoint) -> None:
     same = quantize(
         checkpoint,
-        plan(checkpoint, None, PlanConfig("uniform", low="float32"), 0, Context()),
+        plan(checkpoint, None, None, PlanConfig("uniform", low="float32"), 0, Context()),
         QuantizeConfig(),
         0,
         Context(),

@@ -200,7 +200,7 @@ def test_a_budget_for_everything_keeps_everything(offer: Offer, checkpoint: Chec
 def test_the_quantized_file_has_the_planned_size(
     checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, score: str, bits: float
 ) -> None:
-    made = plan(checkpoint, fisher_table, budget_config(target_bpw=bits, score=score), 0, Context())
+    made = plan(checkpoint, fisher_table, None, budget_config(target_bpw=bits, score=score), 0, Context())
     save_quantized(quantize(checkpoint, made, QuantizeConfig(), 0, Context()), tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size == made.file_bytes <= bits * made.parameters / 8
     assert predicted_file_bytes(checkpoint, made.entries) == made.file_bytes
@@ -225,7 +225,7 @@ def test_the_predicted_rise_is_half_the_fisher_weighted_squared_error(
 ) -> None:
     """From the definition: every weight's error, packed and unpacked, with its channel's Fisher at t = 7."""
     config = budget_config(timestep_weights="at:7", formats=("float32", "int3"))
-    made = plan(checkpoint, fisher_table, config, 0, Context())
+    made = plan(checkpoint, fisher_table, None, config, 0, Context())
     for name in ("block4.resample.weight", "block1.res1.conv1.weight", "stem.conv.bias"):
         (entry,) = (e for e in made.entries if e.parameter == name)
         weight = checkpoint.tensors[name]
@@ -284,7 +284,7 @@ def test_the_fisher_plan_is_predicted_less_than_every_control(
     checkpoint: Checkpoint, fisher_table: FisherTable
 ) -> None:
     plans = {
-        score: plan(checkpoint, fisher_table, budget_config(score=score), 0, Context())
+        score: plan(checkpoint, fisher_table, None, budget_config(score=score), 0, Context())
         for score in ("fisher", "weight-mse", "random", "reverse", "uniform")
     }
     priced = {(e.parameter, a.format): a.predicted for e in plans["fisher"].entries for a in e.alternatives}
@@ -296,7 +296,7 @@ def test_the_fisher_plan_is_predicted_less_than_every_control(
 def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     checkpoint: Checkpoint, fisher_table: FisherTable
 ) -> None:
-    made = plan(checkpoint, fisher_table, budget_config(score="uniform", target_bpw=6.5), 0, Context())
+    made = plan(checkpoint, fisher_table, None, budget_config(score="uniform", target_bpw=6.5), 0, Context())
     ends = {e.format for e in made.entries if e.block in ("stem", "head") and len(e.shape) >= 2}
     (inner,) = {e.format for e in made.entries if e.block in "123456" and len(e.shape) >= 2}
     assert ends == {"int8"}
@@ -322,7 +322,7 @@ def test_a_limit_on_the_rise_is_kept_by_the_smallest_file(offer: Offer) -> None:
 
 
 def test_ends_can_be_fixed_for_every_score(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
-    made = plan(checkpoint, fisher_table, budget_config(target_bpw=6.0, ends="int8"), 0, Context())
+    made = plan(checkpoint, fisher_table, None, budget_config(target_bpw=6.0, ends="int8"), 0, Context())
     fixed = [e for e in made.entries if e.block in ("stem", "head") and len(e.shape) >= 2]
     assert {e.format for e in fixed} == {"int8"}
     assert {len(e.alternatives) for e in fixed} == {1}
@@ -384,7 +384,7 @@ def test_a_table_or_score_that_does_not_fit_is_refused(
     checkpoint: Checkpoint, fisher_table: FisherTable, trajectory_table: FisherTable
 ) -> None:
     def make(table: FisherTable | None, **changes: object) -> Plan:
-        return plan(checkpoint, table, budget_config(**changes), 0, Context())
+        return plan(checkpoint, table, None, budget_config(**changes), 0, Context())
 
     with pytest.raises(ConfigError, match="needs Fisher values"):
         make(None)
@@ -416,7 +416,7 @@ def test_fisher_values_that_are_no_numbers_are_refused(
     channel[:, 0] = value
     broken = {**fisher_table.entries, name: replace(entry, channel=channel)}
     with pytest.raises(NumericalError, match=r"block1\.res1"):
-        plan(checkpoint, replace(fisher_table, entries=broken), budget_config(), 0, Context())
+        plan(checkpoint, replace(fisher_table, entries=broken), None, budget_config(), 0, Context())
 
 
 def test_nan_weights_are_refused_and_weights_too_large_for_float16_never_get_it(
@@ -424,9 +424,9 @@ def test_nan_weights_are_refused_and_weights_too_large_for_float16_never_get_it(
 ) -> None:
     name = "stem.conv.weight"
     huge = {**checkpoint.tensors, name: 1e6 * torch.ones_like(checkpoint.tensors[name])}
-    made = plan(replace(checkpoint, tensors=huge), fisher_table, budget_config(target_bpw=20.0), 0, Context())
+    made = plan(replace(checkpoint, tensors=huge), fisher_table, None, budget_config(target_bpw=20.0), 0, Context())
     (entry,) = (e for e in made.entries if e.parameter == name)
     assert "float16" not in [a.format for a in entry.alternatives]
     broken = {**checkpoint.tensors, name: torch.full_like(checkpoint.tensors[name], float("nan"))}
     with pytest.raises(QuantizationError, match=r"stem\.conv\.weight"):
-        plan(replace(checkpoint, tensors=broken), fisher_table, budget_config(), 0, Context())
+        plan(replace(checkpoint, tensors=broken), fisher_table, None, budget_config(), 0, Context())

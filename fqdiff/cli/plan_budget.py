@@ -26,7 +26,8 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
     from fqdiff.planning.scores import default_score
 
     size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
-    chosen = {name: flags[name] for name in ("score", "timestep_weights", "ends", "granularity")}
+    plain = ("score", "timestep_weights", "ends", "granularity", "predictor", "refine")
+    chosen = {name: flags[name] for name in (*plain, "calibration_timesteps", "calibration_samples")}
     if formats is not None:
         chosen["formats"] = tuple(part.strip() for part in formats.split(",") if part.strip())
     targets = {
@@ -61,6 +62,8 @@ def show_pareto(
 
     if session.name is not None or session.dry_run:
         raise ConfigError("--pareto makes no artifact", "leave --name and --dry-run out")
+    if config.is_measured:
+        raise ConfigError("--pareto shows the diagonal's predictions", "leave --predictor and --refine out")
     runner = session.runner
     offer = make_offer(
         runner.load(checkpoint),
@@ -144,7 +147,19 @@ def facts_text(value: "Plan") -> list[str]:
         asked = f"predicted rise at most {b.max_loss_increase:g}"
         best = f"no plan that keeps it is smaller than {math.ceil(b.lower_bound):,} bytes"
     weights = f", timestep weights {b.timestep_weights}" if b.score not in ("trajectory", "weight-mse") else ""
-    return [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}; {best}"]
+    facts = [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}; {best}"]
+    unit = "steps x {} sampler runs" if b.score == "trajectory" else "timesteps x {} training images"
+    calibration = f"{b.calibration_timesteps} {unit.format(b.calibration_samples)}"
+    if b.swaps is not None and b.diagonal is not None:
+        gain = 1 - b.predicted / b.diagonal if b.diagonal > 0 else 0.0
+        facts.append(
+            f"predictor {b.predictor}, {calibration}: local optimum, {b.swaps} swaps; predicted {100 * gain:.1f} % less than "
+            f"the diagonal's plan ({b.diagonal:.4g})"
+        )
+    if b.measured is not None:
+        ratio = f", {b.predicted / b.measured:.3f} of it predicted" if b.measured > 0 else ""
+        facts.append(f"measured {b.measured:.4g} on {calibration}{ratio}; the best of {b.evaluations} plans tried")
+    return facts
 
 
 def block_rows(value: "Plan") -> list[dict[str, object]]:

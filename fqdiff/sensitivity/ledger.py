@@ -1,7 +1,7 @@
 """Numbers that fill up one unit of work at a time, saved now and then, so that a killed run goes on where it stopped."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Ledger:
         self._rows[name] = torch.zeros(shape, dtype=torch.float64) if found is None else found
         return self._rows[name]
 
-    def units(self, label: str, total: int, unit: str) -> Iterator[int]:
+    def units(self, label: str, total: int, unit: str) -> Generator[int, None, None]:
         """The numbers of those of ``total`` units that are still to do. One counts as done when the next is asked for.
 
         Raises KeyboardInterrupt, with all that is done saved, where a stop was requested.
