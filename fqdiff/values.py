@@ -243,7 +243,8 @@ class Budget:
     """What a plan was to fit, and how well it does. One of ``target_bytes`` and ``max_loss_increase`` is given.
 
     ``predicted``: the rise, summed over parameters, in the unit of ``score``. ``lower_bound``: no plan from the same formats
-    that fits is predicted less; of a limit on the rise, none takes fewer bytes.
+    that fits is predicted less; of a limit on the rise, none takes fewer bytes. None
+    where no such bound is known: with cross terms.
 
     With the ``predictor`` gram: ``swaps`` from a plan made without cross terms to this one, a local optimum; ``diagonal``:
     what is predicted of the plan that the score alone would make. Where the network was run, on ``calibration_samples``
@@ -256,7 +257,7 @@ class Budget:
     target_bytes: int | None
     max_loss_increase: float | None
     predicted: float
-    lower_bound: float
+    lower_bound: float | None
     constraint: str
     predictor: str = "diagonal"
     swaps: int | None = None

@@ -212,7 +212,7 @@ def test_a_quantized_model_is_sampled_from_its_packed_tensors_alone(checkpoint: 
     """Poison: with NaN in every full-precision weight, sampling the packed model still gives the same images."""
     weights = {name: t.clone() for name, t in checkpoint.tensors.items()}
     source = Checkpoint(checkpoint.spec, weights, checkpoint.loss, checkpoint.preview)
-    low = plan(source, None, PlanConfig("uniform", low="int4"), 0, Context())
+    low = plan(source, None, None, PlanConfig("uniform", low="int4"), 0, Context())
     packed = quantize(source, low, QuantizeConfig(), 0, Context())
     before = sample(packed, SampleConfig(steps=4, count=4), 0, Context()).images
     for tensor in weights.values():

@@ -257,9 +257,8 @@ def test_timestep_weights_are_the_formulas(checkpoint: Checkpoint, fisher_table:
 
 
 def test_a_trajectory_table_is_read_for_the_whole_run(checkpoint: Checkpoint, trajectory_table: FisherTable) -> None:
-    made = plan(
-        checkpoint, trajectory_table, budget_config(score="trajectory", formats=("float32", "int2")), 0, Context()
-    )
+    config = budget_config(score="trajectory", formats=("float32", "int2"))
+    made = plan(checkpoint, trajectory_table, None, config, 0, Context())
     (entry,) = (e for e in made.entries if e.parameter == "stem.conv.weight")
     weight = checkpoint.tensors["stem.conv.weight"]
     error = unpack_tensor(pack_tensor(weight, get_format("int2"), PerChannel(0))) - weight

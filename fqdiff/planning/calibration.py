@@ -3,8 +3,6 @@
 Shapes: M parameters, F options each, K perturbations, B inputs of a batch.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,7 +24,6 @@ from fqdiff.sensitivity.inputs import draw_inputs
 from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.sensitivity.measure import replaced
 from fqdiff.sensitivity.probes import ImageProbe, NoiseProbe, Probe, attributed_rise
-from fqdiff.sensitivity.replay import Replay
 from fqdiff.values import Checkpoint, Dataset, FisherTable
 
 LABEL = "plan calibration"
@@ -143,23 +140,13 @@ class Calibration:
     def _gram(self, stored: list[tuple[str, Tensor]], ledger: Ledger) -> Tensor:
         """Sum over inputs of share * <delta_k, delta_l>, [K, K], batch by batch."""
         total = ledger.rows("gram", len(stored), len(stored))
-        batches = len(self.probe.shares)
-        for number in ledger.units("gram", batches, self.probe.unit):
+        for number in ledger.units("gram", len(self.probe.shares), "candidate", steps=len(stored)):
             deltas = torch.empty(len(stored), *self.plain[number].shape)
-            for k, output in enumerate(self._outputs(stored, number)):
-                deltas[k] = output - self.plain[number]
+            for k, (name, tensor) in enumerate(stored):
+                with torch.no_grad(), replaced(self.network, {name: tensor}):
+                    deltas[k] = self.probe.output(self.network, number) - self.plain[number]
+                ledger.step()
             total += gram(deltas, self.probe.shares[number])
             if not torch.isfinite(total).all():
                 raise NumericalError("the network's output holds NaN or infinity", "check the checkpoint")
         return total
-
-    def _outputs(self, stored: list[tuple[str, Tensor]], number: int) -> Iterator[Tensor]:
-        """Output on one batch with one of ``stored`` in place at a time."""
-        with torch.no_grad(), Replay(self.network) if self.probe.passes == 1 else nullcontext() as replay:
-            if replay is not None:
-                self.probe.output(self.network, number)
-            for name, tensor in stored:
-                if replay is not None:
-                    replay.changing(name)
-                with replaced(self.network, {name: tensor}):
-                    yield self.probe.output(self.network, number)

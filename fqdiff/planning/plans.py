@@ -156,15 +156,15 @@ def make_plan(offer: Offer, config: PlanConfig, measured: Measured | None = None
         target_bytes=target,
         max_loss_increase=config.max_loss_increase if target is None else None,
         predicted=total(table, choice.positions),
-        lower_bound=choice.lower_bound,
+        lower_bound=choice.lower_bound if config.predictor == "diagonal" else None,
         constraint=choice.constraint,
         predictor=config.predictor,
     )
     if measured is not None:
         facts = replace(
             facts,
-            swaps=measured.found.swaps,
-            diagonal=measured.found.diagonal,
+            swaps=measured.found.swaps if config.predictor == "gram" else None,
+            diagonal=measured.found.diagonal if config.predictor == "gram" else None,
             calibration_timesteps=measured.timesteps,
             calibration_samples=config.calibration_samples,
             measured=measured.rise,

@@ -67,19 +67,6 @@ class Quadratic:
         roots[self.rows] = np.sqrt(factors)[:, None]
         return Quadratic(self.linear * factors[:, None], self.matrix * np.outer(roots, roots), self.rows)
 
-    @cached_property
-    def convexity(self) -> float:
-        """A number c from 0 to 1 such that every choice is worth at least c times what it is worth without cross terms.
-
-        The smallest eigenvalue of the matrix with a diagonal of 1: 1/2 x^T G x >= c/2 x^T diag(G) x for all x.
-        """
-        scale = np.sqrt(self.matrix.diagonal())
-        used = scale > 0
-        if not used.any():
-            return 1.0
-        unit = self.matrix[np.ix_(used, used)] / np.outer(scale[used], scale[used])
-        return float(np.clip(np.linalg.eigvalsh(unit)[0], 0.0, 1.0))
-
 
 def separate(values: Array) -> Quadratic:
     """Items that have nothing in common: ``values`` [M, F] alone."""

@@ -26,13 +26,13 @@ LIMIT = 4.0  # by how much a tensor's factor may differ from that of the whole p
 @dataclass(frozen=True)
 class Found:
     """The best choice found by ``problem``. ``swaps`` from its start; ``diagonal``: what the problem says of the best choice
-    without cross terms. Both None where there are none.
+    by the market's own values.
     """
 
     problem: Quadratic
     choice: Choice
-    swaps: int | None = None
-    diagonal: float | None = None
+    swaps: int
+    diagonal: float
 
     @property
     def predicted(self) -> float:
@@ -57,18 +57,18 @@ class Trial:
 def solve(market: Market, target: int, problem: Quadratic) -> Found:
     """The best choice that fits: exact without cross terms, else the better of two local optima.
 
-    One starts from the best by the market's own values, one from the best by the matrix's diagonal. No choice is worth less
-    than the latter's bound times the matrix's convexity.
+    One starts from the best by the market's own values, one from the best by the matrix's diagonal. Of these no bound is told
+    but 0: the smallest eigenvalue of cross terms, which bounds what they can save, leaves less than a hundredth.
     """
+    first = best_within(market, target)
     if not problem.matrix.any():
-        return Found(problem, best_within(market, target, problem.linear))
-    first, second = best_within(market, target), best_within(market, target, problem.alone)
+        exact = best_within(market, target, problem.linear)
+        return Found(problem, exact, 0, problem.value(first.positions))
+    second = best_within(market, target, problem.alone)
     ends = [improve(problem, market.costs, market.size, target, c.positions, MARGIN) for c in (first, second)]
     best = min(ends, key=lambda end: problem.value(end.choice))
-    value = problem.value(best.choice)
-    bound = min(problem.convexity * second.lower_bound, value)
-    free = best.choice == tuple(int(j) for j in problem.alone.argmin(axis=1))
-    choice = Choice(best.choice, bound, "none" if free else "budget")
+    free = best.choice == second.positions and second.constraint == "none"
+    choice = Choice(best.choice, 0.0, "none" if free else "budget")
     return Found(problem, choice, best.swaps, problem.value(first.positions))
 
 

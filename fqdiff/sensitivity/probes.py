@@ -20,15 +20,7 @@ from fqdiff.values import ModelSpec, predict_noise
 
 
 class Probe(Protocol):
-    """``unit``: what a batch is called. ``passes`` of the network through each; ``timesteps`` looked at in all.
-    ``shares``: each input's part in a mean over all batches, float64 [B] of every batch.
-    """
-
-    @property
-    def unit(self) -> str: ...
-
-    @property
-    def passes(self) -> int: ...
+    """``timesteps``: how many are looked at. ``shares``: each input's part in a mean, float64 [B] of every batch."""
 
     @property
     def timesteps(self) -> int: ...
@@ -46,8 +38,6 @@ class NoiseProbe:
 
     batches: tuple[Inputs, ...]
     device: torch.device
-    unit: str = "timestep"
-    passes: int = 1
 
     @property
     def timesteps(self) -> int:
@@ -76,12 +66,6 @@ class ImageProbe:
     seed: int
     label: str
     device: torch.device
-    unit: str = "run"
-
-    @property
-    def passes(self) -> int:
-        """One for every step."""
-        return self.steps
 
     @property
     def timesteps(self) -> int:
@@ -125,10 +109,11 @@ def attributed_rise(
         gradients = torch.autograd.grad(rise, [parameters[name] for name in weights])
         for name in weights:
             parameters[name].requires_grad_(False)
+        found = float(rise.detach())
         parts = {
             name: 0.5 * float(gradient.double().flatten() @ (parameters[name].detach() - own[name]).double().flatten())
             for name, gradient in zip(weights, gradients, strict=True)
         }
-    if not torch.isfinite(torch.tensor([float(rise), *parts.values()])).all():
+    if not torch.isfinite(torch.tensor([found, *parts.values()])).all():
         raise NumericalError("the rise of a plan is NaN or infinite", "check the checkpoint; try more bits")
-    return float(rise), parts
+    return found, parts

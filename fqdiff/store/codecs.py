@@ -192,7 +192,7 @@ def _check_budget(budget: Budget | None, plan: Plan) -> None:
         return
     if budget.predictor not in PREDICTORS:
         raise ValueError(f"its predictor is '{budget.predictor[:20]}'")
-    if (budget.swaps is None) == gram or (budget.diagonal is None) == gram:
+    if (budget.swaps is None) == gram or (budget.diagonal is None) == gram or (budget.lower_bound is None) != gram:
         raise ValueError(f"its search does not fit the predictor {budget.predictor}")
     if (budget.measured is None) != (budget.evaluations == 0) or (budget.measured or 0.0) < 0:
         raise ValueError(f"{budget.evaluations} plans were measured, the best as {budget.measured}")
