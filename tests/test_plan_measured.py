@@ -17,7 +17,7 @@ from fqdiff.planning.calibration import Calibration, calibration_timesteps, make
 from fqdiff.planning.knapsack import Array
 from fqdiff.planning.plans import Offer, make_offer
 from fqdiff.planning.quadratic import Quadratic, separate
-from fqdiff.planning.refine import corrections, refine
+from fqdiff.planning.refine import corrections, refine, solve
 from fqdiff.planning.scores import timestep_weights
 from fqdiff.rng import generator
 from fqdiff.sensitivity.inputs import draw_inputs, graded_timesteps
@@ -73,7 +73,7 @@ def problem(bench: Calibration) -> Quadratic:
 def noise_rise(checkpoint: Checkpoint, made: Plan, dataset: Dataset, settings: PlanConfig) -> float:
     """From the definition: the quantized file's network beside the full one on the calibration inputs, one at a time."""
     spec = checkpoint.spec
-    steps, weights = graded_timesteps(1000, settings.calibration_timesteps)
+    steps, weights = calibration_timesteps("uniform", spec.noise_schedule(), settings.calibration_timesteps)
     inputs = draw_inputs(dataset.train, spec, steps, weights, settings.calibration_samples, 0, "plan calibration")
     networks = checkpoint.network(), quantize(checkpoint, made, QuantizeConfig(), 0, Context()).network()
     rise = 0.0
@@ -117,8 +117,6 @@ def test_cross_terms_lead_to_a_plan_that_really_rises_less(
 
 @pytest.mark.parametrize("bits", [5.0, 5.5, 6.5, 8.0, 11.0, 20.0, 40.0])
 def test_no_plan_is_over_its_budget_by_a_byte(bench: Calibration, problem: Quadratic, bits: float) -> None:
-    from fqdiff.planning.refine import solve
-
     target = int(bits * 150_000 / 8)
     found = solve(bench.market, target, problem)
     assert bench.market.size(found.choice.positions) <= target
@@ -127,12 +125,14 @@ def test_no_plan_is_over_its_budget_by_a_byte(bench: Calibration, problem: Quadr
 
 def test_parts_of_a_measured_rise_are_the_rows_of_the_gram_matrix(bench: Calibration, problem: Quadratic) -> None:
     """By a gradient at the quantized weights, and by inner products at the full ones: equal where errors are small."""
-    positions = tuple(1 for _ in bench.market.options)  # int8, and float16 for biases and norms
+    positions = tuple(int(len(options) > 2) for options in bench.market.options.values())  # int8, biases in float32
     rise, parts = bench.measure(positions)
     shares = problem.shares(positions)
     assert parts.sum() == pytest.approx(rise, rel=0.03)
     assert shares.sum() == pytest.approx(rise, rel=0.03)
     assert np.abs(parts - shares).max() < 0.05 * shares.max()
+    assert (shares[[p == 0 for p in positions]] == 0).all()
+    assert problem.alone[range(len(positions)), positions].sum() != pytest.approx(rise, rel=0.1)
     weights = dict(bench.network.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in bench.checkpoint.tensors.items())
 
@@ -246,11 +246,13 @@ def test_a_trajectory_score_is_measured_by_final_images(
         return x.double()
 
     rise = 0.5 * (images(1) - images(0)).square().flatten(1).sum(dim=1).mean()
-    assert made.budget.measured == pytest.approx(float(rise), rel=1e-3)
+    assert made.budget.measured == pytest.approx(float(rise), rel=0.02)
     assert (made.budget.calibration_timesteps, made.budget.calibration_samples) == (3, 2)
-    gram = make(checkpoint, runs, None, **{**changes, "refine": 1}, predictor="gram", formats=("float32", "int6"))
+    gram = make(
+        checkpoint, runs, None, **{**changes, "refine": 1}, predictor="gram", formats=("float32", "int6", "int3")
+    )
     assert gram.budget is not None
-    assert gram.budget.measured == pytest.approx(gram.budget.predicted, rel=0.5)
+    assert gram.budget.measured == pytest.approx(gram.budget.predicted, rel=0.05)
 
 
 # --- what a plan says about itself, and bad input ----------------------------------------------------------------------

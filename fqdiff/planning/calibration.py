@@ -87,7 +87,8 @@ class Calibration:
     @cached_property
     def network(self) -> nn.Module:
         """In full precision, on the device."""
-        return self.checkpoint.network().to(self.context.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        network = self.checkpoint.network().to(self.context.device, self.probe.dtype)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
     @cached_property
     def plain(self) -> list[Tensor]:
@@ -101,7 +102,8 @@ class Calibration:
             name: stored_weight(option, self.checkpoint.tensors[name])
             for name, option in self.market.chosen(choice).items()
         }
-        return {name: t for name, t in stored.items() if not torch.equal(t, self.checkpoint.tensors[name])}
+        changed = {name: t for name, t in stored.items() if not torch.equal(t, self.checkpoint.tensors[name])}
+        return {name: t.to(self.probe.dtype) for name, t in changed.items()}
 
     def measure(self, choice: tuple[int, ...]) -> tuple[float, Array]:
         """Rise of the network that ``choice`` leads to, and each parameter's part in it, [M]."""
@@ -143,7 +145,7 @@ class Calibration:
         for number in ledger.units("gram", len(self.probe.shares), "candidate", steps=len(stored)):
             deltas = torch.empty(len(stored), *self.plain[number].shape)
             for k, (name, tensor) in enumerate(stored):
-                with torch.no_grad(), replaced(self.network, {name: tensor}):
+                with torch.no_grad(), replaced(self.network, {name: tensor.to(self.probe.dtype)}):
                     deltas[k] = self.probe.output(self.network, number) - self.plain[number]
                 ledger.step()
             total += gram(deltas, self.probe.shares[number])

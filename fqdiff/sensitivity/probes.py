@@ -20,7 +20,13 @@ from fqdiff.values import ModelSpec, predict_noise
 
 
 class Probe(Protocol):
-    """``timesteps``: how many are looked at. ``shares``: each input's part in a mean, float64 [B] of every batch."""
+    """``timesteps``: how many are looked at. ``shares``: each input's part in a mean, float64 [B] of every batch.
+
+    ``dtype``: what the network is to compute in.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     @property
     def timesteps(self) -> int: ...
@@ -38,6 +44,7 @@ class NoiseProbe:
 
     batches: tuple[Inputs, ...]
     device: torch.device
+    dtype: torch.dtype = torch.float32
 
     @property
     def timesteps(self) -> int:
@@ -58,7 +65,11 @@ class NoiseProbe:
 
 @dataclass(frozen=True)
 class ImageProbe:
-    """Final images in [-1, 1] of DDIM runs of ``steps`` steps; run k, a batch of its own, starts from (seed, label, k)."""
+    """Final images in [-1, 1] of DDIM runs of ``steps`` steps; run k, a batch of its own, starts from (seed, label, k).
+
+    In float64: the first steps divide by sqrt(abar), which makes of float32's rounding errors as large as those of int8 weights.
+    The full-precision run's are in every difference to it, so that they would pass for something that all tensors do together.
+    """
 
     spec: ModelSpec
     steps: int
@@ -66,6 +77,11 @@ class ImageProbe:
     seed: int
     label: str
     device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Apple's GPUs have no float64."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
     def timesteps(self) -> int:
@@ -86,7 +102,8 @@ class ImageProbe:
             assert isinstance(found, Tensor)
             return found
 
-        x = torch.randn(1, *self.spec.image_shape, generator=generator(self.seed, self.label, number)).to(self.device)
+        noise = torch.randn(1, *self.spec.image_shape, generator=generator(self.seed, self.label, number))
+        x = noise.to(self.device, self.dtype)
         *_, (_, images) = ddim(step, x, self.spec.noise_schedule(), self.steps, lambda: x)
         return images.cpu().double()
 
