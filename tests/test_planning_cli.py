@@ -127,7 +127,10 @@ def test_a_plan_is_measured_on_the_data_set_of_its_table_and_tells_so(store: Pat
     assert facts["predicted"] <= facts["diagonal"]
     assert facts["measured"] > 0
     assert 1 <= facts["evaluations"] <= 2
-    for command in (["plan", "show", "together"], ["plan", "empirical", *flags, "--predictor", "gram", "--refine", "2"]):
+    for command in (
+        ["plan", "show", "together"],
+        ["plan", "empirical", *flags, "--predictor", "gram", "--refine", "2"],
+    ):
         text = call(store, *command).stdout
         assert "predictor gram, 2 timesteps x 4 training images: local optimum" in text
         assert "measured " in text
