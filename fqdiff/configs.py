@@ -138,6 +138,7 @@ STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
 SCORES = ("fisher", "trajectory", "weight-mse", "random", "reverse", "uniform")
 RANGES = ("min-max", "mse", "fisher", "percentile")
 ROUNDINGS = ("nearest", "squant")
+PREDICTORS = ("diagonal", "gram")
 TIMESTEP_WEIGHTS = ("uniform", "snr", "sampler")
 INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2")
 FITTED = (
@@ -158,7 +159,8 @@ class PlanConfig:
 
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
     kept small, ``formats`` what there is to choose from, empty for the default, and ``ends`` the format of stem and head, empty
-    for any.
+    for any. ``predictor`` gram adds what errors do together; ``refine``: plans that may be measured, 0 for none. Both look at
+    ``calibration_samples`` images at each of ``calibration_timesteps``, or, for the trajectory score, sampler runs.
     """
 
     strategy: str = "groups"
@@ -182,6 +184,10 @@ class PlanConfig:
     timestep_weights: str = "uniform"
     formats: tuple[str, ...] = ()
     ends: str = ""
+    predictor: str = "diagonal"
+    refine: int = 0
+    calibration_timesteps: int = 10
+    calibration_samples: int = 4
 
     def __post_init__(self) -> None:
         require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
@@ -218,7 +224,8 @@ class PlanConfig:
         self._check_budget()
 
     def _check_budget(self) -> None:
-        of_budget = (*TARGETS, "score", "timestep_weights", "formats", "ends")
+        calibration = ("calibration_timesteps", "calibration_samples")
+        of_budget = (*TARGETS, "score", "timestep_weights", "formats", "ends", "predictor", "refine", *calibration)
         of_rules = ("groups", "thresholds", "threshold", "ratio", "mean_std", "at", "low", "high")
         foreign = of_rules if self.strategy == "budget" else of_budget
         changed = [name for name in foreign if getattr(self, name) != getattr(PlanConfig, name)]
@@ -258,6 +265,36 @@ class PlanConfig:
             f"ends in {self.ends_format}, formats {','.join(self.formats)}",
             "let formats name it too",
         )
+        require(
+            self.predictor in PREDICTORS, f"unknown predictor '{self.predictor}'", f"one of: {', '.join(PREDICTORS)}"
+        )
+        require(0 <= self.refine <= 1000, f"refine is {self.refine}", "plans to measure, 0 (none) to 1000")
+        for name in calibration:
+            require(1 <= getattr(self, name) <= 10_000, f"{name} is {getattr(self, name)}", "use 1 or more")
+        if not self.is_measured:
+            unused = [name for name in calibration if getattr(self, name) != getattr(PlanConfig, name)]
+            require(not unused, f"nothing looks at {', '.join(unused)}", "add --predictor gram or --refine 5")
+            return
+        require(
+            self.score in ("fisher", "trajectory"),
+            f"the rise that '{self.score}' predicts cannot be measured",
+            "use --score fisher or trajectory, or leave predictor and refine out",
+        )
+        require(
+            "max_loss_increase" not in given,
+            "predictor gram and refine look for the least rise of a size",
+            "give --target-bpw or --target-size instead of --max-loss-increase",
+        )
+        require(
+            self.score != "trajectory" or self.calibration_timesteps == PlanConfig.calibration_timesteps,
+            "a sampler run takes the steps of its Fisher table",
+            "leave calibration_timesteps out; calibration_samples counts the runs",
+        )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether planning runs the network, on calibration inputs."""
+        return self.predictor == "gram" or self.refine > 0
 
     @property
     def ends_format(self) -> str:

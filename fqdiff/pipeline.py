@@ -68,7 +68,7 @@ STAGES: Mapping[str, Stage] = {
         "fqdiff.stages.validate:validate",
         ("checkpoint", "dataset", "empirical", "true", "trajectory"),
     ),
-    "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher"), schema=2),
+    "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher", "dataset"), schema=2),
     "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan", "fisher")),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),

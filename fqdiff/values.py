@@ -277,7 +277,13 @@ class Budget:
     """What a plan was to fit, and how well it does. One of ``target_bytes`` and ``max_loss_increase`` is given.
 
     ``predicted``: the rise, summed over parameters, in the unit of ``score``. ``lower_bound``: no plan from the same formats
-    that fits is predicted less; of a limit on the rise, none takes fewer bytes.
+    that fits is predicted less; of a limit on the rise, none takes fewer bytes. None
+    where no such bound is known: with cross terms.
+
+    With the ``predictor`` gram: ``swaps`` from a plan made without cross terms to this one, a local optimum; ``diagonal``:
+    what is predicted of the plan that the score alone would make. Where the network was run, on ``calibration_samples``
+    inputs at each of ``calibration_timesteps`` (or sampler runs of so many steps): ``evaluations`` plans were ``measured``,
+    this one rose least.
     """
 
     score: str
@@ -285,8 +291,15 @@ class Budget:
     target_bytes: int | None
     max_loss_increase: float | None
     predicted: float
-    lower_bound: float
+    lower_bound: float | None
     constraint: str
+    predictor: str = "diagonal"
+    swaps: int | None = None
+    diagonal: float | None = None
+    calibration_timesteps: int = 0
+    calibration_samples: int = 0
+    measured: float | None = None
+    evaluations: int = 0
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def uniform(checkpoint: Checkpoint, fmt: str = "int3") -> Plan:
-    return plan(checkpoint, None, PlanConfig("uniform", low=fmt), 0, Context())
+    return plan(checkpoint, None, None, PlanConfig("uniform", low=fmt), 0, Context())
 
 
 def only(made: Plan, kept: Plan, layer: str) -> Plan:

@@ -234,7 +234,7 @@ def test_a_quantized_model_is_sampled_from_its_packed_tensors_alone(checkpoint: 
     """Poison: with NaN in every full-precision weight, sampling the packed model still gives the same images."""
     weights = {name: t.clone() for name, t in checkpoint.tensors.items()}
     source = Checkpoint(checkpoint.spec, weights, checkpoint.loss, checkpoint.preview)
-    low = plan(source, None, PlanConfig("uniform", low="int4"), 0, Context())
+    low = plan(source, None, None, PlanConfig("uniform", low="int4"), 0, Context())
     packed = quantize(source, low, None, QuantizeConfig(), 0, Context())
     before = sample(packed, SampleConfig(steps=4, count=4), 0, Context()).images
     for tensor in weights.values():
@@ -248,7 +248,7 @@ def test_a_quantized_model_is_sampled_from_its_packed_tensors_alone(checkpoint: 
 def test_a_float32_plan_changes_no_pixel(checkpoint: Checkpoint) -> None:
     same = quantize(
         checkpoint,
-        plan(checkpoint, None, PlanConfig("uniform", low="float32"), 0, Context()),
+        plan(checkpoint, None, None, PlanConfig("uniform", low="float32"), 0, Context()),
         None,
         QuantizeConfig(),
         0,

@@ -31,7 +31,7 @@ CONFIGS = {
 
 
 def make(checkpoint: Checkpoint, table: FisherTable, config: PlanConfig) -> Plan:
-    return plan(checkpoint, table, config, 0, Context())
+    return plan(checkpoint, table, None, config, 0, Context())
 
 
 def weights(made: Plan, block: str) -> dict[str, str]:
@@ -141,7 +141,7 @@ def test_a_single_threshold_rules_every_block(checkpoint: Checkpoint, fisher_tab
 def test_stem_and_head_stay_high_but_for_uniform(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
     mixed = make(checkpoint, fisher_table, PlanConfig("threshold", threshold=1e30, low="int4", high="int8"))
     assert set(weights(mixed, "stem").values()) == set(weights(mixed, "head").values()) == {"int8"}
-    uniform = plan(checkpoint, None, PlanConfig("uniform", low="int4"), 0, Context())
+    uniform = plan(checkpoint, None, None, PlanConfig("uniform", low="int4"), 0, Context())
     assert set(weights(uniform, "stem").values()) == set(weights(uniform, "head").values()) == {"int4"}
 
 
@@ -172,14 +172,14 @@ def test_a_channel_smaller_than_a_group_is_one_group(checkpoint: Checkpoint, fis
 
 def test_a_group_size_that_does_not_divide_names_those_that_do(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="groups of 5 do not divide the 9 weights") as caught:
-        plan(checkpoint, None, PlanConfig("uniform", low="int4", granularity="group:5"), 0, Context())
+        plan(checkpoint, None, None, PlanConfig("uniform", low="int4", granularity="group:5"), 0, Context())
     assert "'stem.conv.weight'" in caught.value.message
     assert caught.value.hint == "sizes that do: 1, 3, 9; or group-near:5 takes the nearest for each tensor"
 
 
 def test_the_nearest_group_size_is_chosen_tensor_by_tensor(checkpoint: Checkpoint) -> None:
     config = PlanConfig("uniform", low="int4", granularity="group-near:16")
-    grains = {e.parameter: e.granularity for e in plan(checkpoint, None, config, 0, Context()).entries}
+    grains = {e.parameter: e.granularity for e in plan(checkpoint, None, None, config, 0, Context()).entries}
     assert grains["stem.conv.weight"] == "channel:0"  # 9 weights
     assert grains["stem.time.linear1.weight"] == "group:16:0"  # 32
     assert grains["block1.res1.conv1.weight"] == "group:18:0"  # 36: 18 is nearer than 12
@@ -211,7 +211,7 @@ def test_symmetric_turns_every_integer_format_into_the_row_without_zero_points(
 )
 def test_a_setting_without_a_use_is_refused(checkpoint: Checkpoint, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan(checkpoint, None, PlanConfig(**changes), 0, Context())  # type: ignore[arg-type]
+        plan(checkpoint, None, None, PlanConfig(**changes), 0, Context())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_table_of_another_model_is_refused(checkpoint: Checkpoint, fisher_tabl
 
 def test_a_strategy_without_fisher_values_says_what_to_do(checkpoint: Checkpoint) -> None:
     with pytest.raises(ConfigError, match="needs Fisher"):
-        plan(checkpoint, None, PlanConfig(), 0, Context())
+        plan(checkpoint, None, None, PlanConfig(), 0, Context())
 
 
 def test_a_plan_for_another_model_is_refused(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
@@ -263,7 +263,7 @@ def test_a_plan_for_another_model_is_refused(checkpoint: Checkpoint, fisher_tabl
 
 
 def test_nan_weights_are_refused_when_quantizing(checkpoint: Checkpoint) -> None:
-    made = plan(checkpoint, None, CONFIGS["uniform"], 0, Context())
+    made = plan(checkpoint, None, None, CONFIGS["uniform"], 0, Context())
     broken = {
         **checkpoint.tensors,
         "stem.conv.weight": torch.full_like(checkpoint.tensors["stem.conv.weight"], float("nan")),

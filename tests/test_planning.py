@@ -200,7 +200,7 @@ def test_a_budget_for_everything_keeps_everything(offer: Offer, checkpoint: Chec
 def test_the_quantized_file_has_the_planned_size(
     checkpoint: Checkpoint, fisher_table: FisherTable, tmp_path: Path, score: str, bits: float
 ) -> None:
-    made = plan(checkpoint, fisher_table, budget_config(target_bpw=bits, score=score), 0, Context())
+    made = plan(checkpoint, fisher_table, None, budget_config(target_bpw=bits, score=score), 0, Context())
     save_quantized(quantize(checkpoint, made, None, QuantizeConfig(), 0, Context()), tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size == made.file_bytes <= bits * made.parameters / 8
     assert predicted_file_bytes(checkpoint, made.entries) == made.file_bytes
@@ -225,7 +225,7 @@ def test_the_predicted_rise_is_half_the_fisher_weighted_squared_error(
 ) -> None:
     """From the definition: every weight's error, packed and unpacked, with its channel's Fisher at t = 7."""
     config = budget_config(timestep_weights="at:7", formats=("float32", "int3"))
-    made = plan(checkpoint, fisher_table, config, 0, Context())
+    made = plan(checkpoint, fisher_table, None, config, 0, Context())
     for name in ("block4.resample.weight", "block1.res1.conv1.weight", "stem.conv.bias"):
         (entry,) = (e for e in made.entries if e.parameter == name)
         weight = checkpoint.tensors[name]
@@ -257,9 +257,8 @@ def test_timestep_weights_are_the_formulas(checkpoint: Checkpoint, fisher_table:
 
 
 def test_a_trajectory_table_is_read_for_the_whole_run(checkpoint: Checkpoint, trajectory_table: FisherTable) -> None:
-    made = plan(
-        checkpoint, trajectory_table, budget_config(score="trajectory", formats=("float32", "int2")), 0, Context()
-    )
+    config = budget_config(score="trajectory", formats=("float32", "int2"))
+    made = plan(checkpoint, trajectory_table, None, config, 0, Context())
     (entry,) = (e for e in made.entries if e.parameter == "stem.conv.weight")
     weight = checkpoint.tensors["stem.conv.weight"]
     error = unpack_tensor(pack_tensor(weight, get_format("int2"), PerChannel(0))) - weight
@@ -284,7 +283,7 @@ def test_the_fisher_plan_is_predicted_less_than_every_control(
     checkpoint: Checkpoint, fisher_table: FisherTable
 ) -> None:
     plans = {
-        score: plan(checkpoint, fisher_table, budget_config(score=score), 0, Context())
+        score: plan(checkpoint, fisher_table, None, budget_config(score=score), 0, Context())
         for score in ("fisher", "weight-mse", "random", "reverse", "uniform")
     }
     priced = {
@@ -298,7 +297,7 @@ def test_the_fisher_plan_is_predicted_less_than_every_control(
 def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     checkpoint: Checkpoint, fisher_table: FisherTable
 ) -> None:
-    made = plan(checkpoint, fisher_table, budget_config(score="uniform", target_bpw=6.5), 0, Context())
+    made = plan(checkpoint, fisher_table, None, budget_config(score="uniform", target_bpw=6.5), 0, Context())
     ends = {e.format for e in made.entries if e.block in ("stem", "head") and len(e.shape) >= 2}
     (inner,) = {e.format for e in made.entries if e.block in "123456" and len(e.shape) >= 2}
     assert ends == {"int8"}
@@ -324,7 +323,7 @@ def test_a_limit_on_the_rise_is_kept_by_the_smallest_file(offer: Offer) -> None:
 
 
 def test_ends_can_be_fixed_for_every_score(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
-    made = plan(checkpoint, fisher_table, budget_config(target_bpw=6.0, ends="int8"), 0, Context())
+    made = plan(checkpoint, fisher_table, None, budget_config(target_bpw=6.0, ends="int8"), 0, Context())
     fixed = [e for e in made.entries if e.block in ("stem", "head") and len(e.shape) >= 2]
     assert {e.format for e in fixed} == {"int8"}
     assert {len(e.alternatives) for e in fixed} == {1}
@@ -385,7 +384,7 @@ def test_a_table_or_score_that_does_not_fit_is_refused(
     checkpoint: Checkpoint, fisher_table: FisherTable, trajectory_table: FisherTable
 ) -> None:
     def make(table: FisherTable | None, **changes: object) -> Plan:
-        return plan(checkpoint, table, budget_config(**changes), 0, Context())
+        return plan(checkpoint, table, None, budget_config(**changes), 0, Context())
 
     with pytest.raises(ConfigError, match="needs Fisher values"):
         make(None)
@@ -417,7 +416,7 @@ def test_fisher_values_that_are_no_numbers_are_refused(
     channel[:, 0] = value
     broken = {**fisher_table.entries, name: replace(entry, channel=channel)}
     with pytest.raises(NumericalError, match=r"block1\.res1"):
-        plan(checkpoint, replace(fisher_table, entries=broken), budget_config(), 0, Context())
+        plan(checkpoint, replace(fisher_table, entries=broken), None, budget_config(), 0, Context())
 
 
 def test_nan_weights_are_refused_and_weights_too_large_for_float16_never_get_it(
@@ -425,12 +424,12 @@ def test_nan_weights_are_refused_and_weights_too_large_for_float16_never_get_it(
 ) -> None:
     name = "stem.conv.weight"
     huge = {**checkpoint.tensors, name: 1e6 * torch.ones_like(checkpoint.tensors[name])}
-    made = plan(replace(checkpoint, tensors=huge), fisher_table, budget_config(target_bpw=20.0), 0, Context())
+    made = plan(replace(checkpoint, tensors=huge), fisher_table, None, budget_config(target_bpw=20.0), 0, Context())
     (entry,) = (e for e in made.entries if e.parameter == name)
     assert "float16" not in [a.format for a in entry.alternatives]
     broken = {**checkpoint.tensors, name: torch.full_like(checkpoint.tensors[name], float("nan"))}
     with pytest.raises(QuantizationError, match=r"stem\.conv\.weight"):
-        plan(replace(checkpoint, tensors=broken), fisher_table, budget_config(), 0, Context())
+        plan(replace(checkpoint, tensors=broken), fisher_table, None, budget_config(), 0, Context())
 
 
 # --- single weights, ranges and granularities -------------------------------------------------------------------------
@@ -447,7 +446,7 @@ def weight_table(checkpoint: Checkpoint, fisher_table: FisherTable) -> FisherTab
 
 def test_single_weights_are_weighted_one_by_one(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
     config = budget_config(target_bpw=8.0, formats=("float32", "int3", "codebook2", "ternary"))
-    made = plan(checkpoint, weight_table, config, 0, Context())
+    made = plan(checkpoint, weight_table, None, config, 0, Context())
     name = "block1.res1.conv1.weight"
     fisher = sum(0.5 * each.read()[name].double() for each in weight_table.weights)
     (entry,) = (e for e in made.entries if e.parameter == name)
@@ -466,7 +465,7 @@ def test_single_weights_are_weighted_one_by_one(checkpoint: Checkpoint, weight_t
 def test_of_several_ranges_the_better_one_is_kept(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
     def options(*ranges: str) -> dict[tuple[str, str], float]:
         config = budget_config(target_bpw=8.0, formats=("float32", "int3"), ranges=ranges)
-        entries = plan(checkpoint, weight_table, config, 0, Context()).entries
+        entries = plan(checkpoint, weight_table, None, config, 0, Context()).entries
         return {(e.parameter, a.format): a.predicted for e in entries for a in e.alternatives}
 
     wide, fitted, both = options("min-max"), options("fisher"), options("min-max", "fisher")
@@ -476,7 +475,7 @@ def test_of_several_ranges_the_better_one_is_kept(checkpoint: Checkpoint, weight
 
 def test_granularities_are_options_of_their_own(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
     config = budget_config(formats=("float16", "int3", "codebook2"), granularity="tensor,channel,group-near:16")
-    made = plan(checkpoint, fisher_table, config, 0, Context())
+    made = plan(checkpoint, fisher_table, None, config, 0, Context())
     (entry,) = (e for e in made.entries if e.parameter == "block3.res1.conv1.weight")
     kinds = [(a.format, a.granularity.split(":")[0]) for a in entry.alternatives]
     assert kinds == [
@@ -489,7 +488,7 @@ def test_granularities_are_options_of_their_own(checkpoint: Checkpoint, fisher_t
 def test_a_plan_fitted_to_fisher_values_is_carried_out_with_them_to_the_byte(
     checkpoint: Checkpoint, weight_table: FisherTable, tmp_path: Path
 ) -> None:
-    made = plan(checkpoint, weight_table, budget_config(), 0, Context())
+    made = plan(checkpoint, weight_table, None, budget_config(), 0, Context())
     assert made.fits_fisher
     packed = quantize(checkpoint, made, weight_table, QuantizeConfig(), 0, Context())
     save_quantized(packed, tmp_path)
@@ -510,7 +509,7 @@ def test_ranges_by_fisher_values_need_those_of_single_weights(
 ) -> None:
     for config in (budget_config(ranges=("fisher",)), PlanConfig("uniform", low="int4", ranges=("fisher",))):
         with pytest.raises(ConfigError) as caught:
-            plan(checkpoint, fisher_table, config, 0, Context())
+            plan(checkpoint, fisher_table, None, config, 0, Context())
         assert "--granularity weight" in caught.value.hint
 
 
@@ -520,8 +519,8 @@ def test_squant_is_refused_where_scales_are_not_by_channel(checkpoint: Checkpoin
         PlanConfig("uniform", low="int4", rounding="squant", granularity="tensor"),
     ):
         with pytest.raises(ConfigError, match="squant with scales by tensor"):
-            plan(checkpoint, fisher_table, config, 0, Context())
-    made = plan(checkpoint, None, PlanConfig("uniform", low="int4", rounding="squant"), 0, Context())
+            plan(checkpoint, fisher_table, None, config, 0, Context())
+    made = plan(checkpoint, None, None, PlanConfig("uniform", low="int4", rounding="squant"), 0, Context())
     assert {e.rounding for e in made.entries if e.format == "int4"} == {"squant"}
     assert {e.rounding for e in made.entries if e.format == "float32"} == {"nearest"}
 

@@ -114,6 +114,41 @@ def test_a_pareto_curve_is_shown_and_nothing_is_made(store: Path) -> None:
     assert [m.id for m in Store(store).manifests()] == before
 
 
+def test_a_plan_is_measured_on_the_data_set_of_its_table_and_tells_so(store: Path) -> None:
+    flags = ("--target-bpw", "6", "--formats", "float32,int8,int4", "--calibration-timesteps", "2")
+    made = good(store, "plan", "empirical", *flags, "--predictor", "gram", "--refine", "2", "--name", "together")
+    table = Store(store).resolve("empirical").input("dataset")
+    assert table is not None
+    assert made["inputs"].keys() == {"checkpoint", "fisher", "dataset"}  # type: ignore[attr-defined]
+    assert Store(store).resolve("together").input("dataset") == table
+    facts = made["budget"]
+    assert isinstance(facts, dict)
+    assert (facts["predictor"], facts["calibration_timesteps"], facts["calibration_samples"]) == ("gram", 2, 4)
+    assert facts["predicted"] <= facts["diagonal"]
+    assert facts["measured"] > 0
+    assert 1 <= facts["evaluations"] <= 2
+    for command in (
+        ["plan", "show", "together"],
+        ["plan", "empirical", *flags, "--predictor", "gram", "--refine", "2"],
+    ):
+        text = call(store, *command).stdout
+        assert "predictor gram, 2 timesteps x 4 training images: local optimum" in text
+        assert "measured " in text
+    plain = good(store, "plan", "empirical", "--target-bpw", "6")
+    assert plain["inputs"].keys() == {"checkpoint", "fisher"}  # type: ignore[attr-defined]
+    run = good(store, "plan", "run", "--target-bpw", "6", "--refine", "1", "--calibration-samples", "1")
+    assert run["inputs"].keys() == {"checkpoint", "fisher"}  # type: ignore[attr-defined]
+    assert run["budget"]["calibration_timesteps"] == 3  # type: ignore[index]
+
+
+def test_calibration_inputs_depend_on_the_seed_and_on_nothing_else_that_is_random(store: Path) -> None:
+    def made(*flags: str) -> object:
+        return good(store, "plan", "empirical", "--target-bpw", "6", *flags, "--dry-run")["id"]
+
+    assert made("--refine", "2", "--seed", "1") != made("--refine", "2", "--seed", "2")
+    assert made("--refine", "2") != made("--refine", "3")
+
+
 def test_a_plan_is_drawn(store: Path, tmp_path: Path) -> None:
     files = good(store, "plot", "plan", "by-fisher", "--output", str(tmp_path / "out"))["files"]
     assert isinstance(files, list)
@@ -154,6 +189,11 @@ def test_a_target_in_the_file_gives_way_to_a_flag(store: Path, tmp_path: Path) -
         (["--pareto", "2:8"], "cannot read the grid"),
         (["--pareto", "2:8:1", "--name", "x"], "makes no artifact"),
         (["--groups", "12/345/6", "--ends", "int8"], "has no use for ends"),
+        (["--groups", "12/345/6", "--predictor", "gram"], "has no use for predictor"),
+        (["--refine", "3"], "--refine without a budget"),
+        (["--pareto", "4:8:1", "--predictor", "gram"], "the diagonal's predictions"),
+        (["--max-loss-increase", "1", "--refine", "3"], "least rise of a size"),
+        (["--target-bpw", "6", "--calibration-samples", "8"], "nothing looks at calibration_samples"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(store: Path, arguments: list[str], message: str) -> None:

@@ -16,7 +16,7 @@ from fqdiff.cli.plan_budget import (
     show_pareto,
     title,
 )
-from fqdiff.cli.session import COMMON_OPTIONS, Session, common, only_input
+from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
 from fqdiff.configs import FITTED, INTEGERS, RANGES, ROUNDINGS, SCALES, PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 READS_FISHER = {"at", "low", "high"}
 ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"}
-READS_BUDGET = {"score", "timestep_weights", "formats", "ends"}
+CALIBRATION = {"predictor", "refine", "calibration_timesteps", "calibration_samples"}
+READS_BUDGET = {"score", "timestep_weights", "formats", "ends"} | CALIBRATION
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
     "threshold": READS_FISHER,
@@ -43,7 +44,7 @@ app = typer.Typer(cls=DefaultCommand, help="Choose a format for every parameter.
 
 
 @app.command("make", epilog="Example: fqdiff plan --groups 12/345/6")
-@common(*(name for name in COMMON_OPTIONS if name != "device"))
+@common()
 def make(
     session: Session,
     source: Annotated[
@@ -107,6 +108,42 @@ def make(
         typer.Option(
             help="Format of stem and head.",
             show_default="chosen like all others; int8 for --score uniform",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            help="diagonal: errors add up; gram: with all that tensors do together, measured on calibration inputs.",
+            show_default=PlanConfig.predictor,
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Measure up to so many whole plans, correct the prediction by each, keep the best.",
+            show_default=f"{PlanConfig.refine}",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    calibration_timesteps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Timesteps that gram and --refine look at, denser near 0.",
+            show_default=f"{PlanConfig.calibration_timesteps}",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Training images at each of them; sampler runs for --score trajectory.",
+            show_default=f"{PlanConfig.calibration_samples}",
             rich_help_panel=BUDGET,
         ),
     ] = None,
@@ -193,6 +230,10 @@ def make(
         "timestep_weights": timestep_weights,
         "formats": formats,
         "ends": ends,
+        "predictor": predictor,
+        "refine": refine,
+        "calibration_timesteps": calibration_timesteps,
+        "calibration_samples": calibration_samples,
         "groups": groups,
         "thresholds": parse_thresholds(thresholds) if thresholds is not None else None,
         "threshold": threshold,
@@ -215,6 +256,8 @@ def make(
         inputs = plan_inputs(session, source, (score or from_file.get("score")) != "weight-mse")
         table_of = inputs.get("fisher")
         config = budget_config(session, flags, table_of)
+        if config.is_measured and config.score != "trajectory" and table_of is not None:
+            inputs["dataset"] = only_input(session, table_of, "dataset")
         if pareto is not None:
             show_pareto(session, inputs["checkpoint"], table_of, config, parse_grid(pareto))
             return
@@ -229,7 +272,8 @@ def make(
         inputs = plan_inputs(session, source, config.strategy != "uniform")
         if config.strategy == "uniform":
             inputs.pop("fisher", None)
-    step = Step("plan", inputs, config, session.seed if config.score == "random" else 0)
+    random = config.score == "random" or config.is_measured
+    step = Step("plan", inputs, config, session.seed if random else 0)
     manifest = session.make(step)
     if manifest is None:
         return

@@ -28,7 +28,8 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
 
     size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
     names = ("score", "timestep_weights", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
-    chosen = {name: flags[name] for name in names}
+    calibration = ("predictor", "refine", "calibration_timesteps", "calibration_samples")
+    chosen = {name: flags[name] for name in (*names, *calibration)}
     if formats is not None:
         chosen["formats"] = tuple(part.strip() for part in formats.split(",") if part.strip())
     targets = {
@@ -64,6 +65,8 @@ def show_pareto(
 
     if session.name is not None or session.dry_run:
         raise ConfigError("--pareto makes no artifact", "leave --name and --dry-run out")
+    if config.is_measured:
+        raise ConfigError("--pareto shows the diagonal's predictions", "leave --predictor and --refine out")
     runner = session.runner
     offer = make_offer(
         runner.load(checkpoint),
@@ -149,12 +152,24 @@ def facts_text(value: "Plan") -> list[str]:
         return []
     if b.target_bytes is not None:
         asked = f"target {b.target_bytes:,} bytes, {b.target_bytes - value.file_bytes:,} of them unused"
-        best = f"no plan that fits is predicted less than {b.lower_bound:.4g}"
+        best = f"; no plan that fits is predicted less than {b.lower_bound:.4g}" if b.lower_bound is not None else ""
     else:
         asked = f"predicted rise at most {b.max_loss_increase:g}"
-        best = f"no plan that keeps it is smaller than {math.ceil(b.lower_bound):,} bytes"
+        best = f"; no plan that keeps it is smaller than {math.ceil(b.lower_bound or 0):,} bytes"
     weights = f", timestep weights {b.timestep_weights}" if b.score not in ("trajectory", "weight-mse") else ""
-    return [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}; {best}"]
+    facts = [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}{best}"]
+    unit = "steps x {} sampler runs" if b.score == "trajectory" else "timesteps x {} training images"
+    calibration = f"{b.calibration_timesteps} {unit.format(b.calibration_samples)}"
+    if b.swaps is not None and b.diagonal is not None:
+        gain = 1 - b.predicted / b.diagonal if b.diagonal > 0 else 0.0
+        facts.append(
+            f"predictor {b.predictor}, {calibration}: local optimum, {b.swaps} swaps; predicted {100 * gain:.1f} % less than "
+            f"the diagonal's plan ({b.diagonal:.4g})"
+        )
+    if b.measured is not None:
+        ratio = f", {b.predicted / b.measured:.3f} of it predicted" if b.measured > 0 else ""
+        facts.append(f"measured {b.measured:.4g} on {calibration}{ratio}; the best of {b.evaluations} plans tried")
+    return facts
 
 
 def block_rows(value: "Plan") -> list[dict[str, object]]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fqdiff.errors import ConfigError
 from fqdiff.planning.candidates import Market
-from fqdiff.planning.knapsack import frontier, lower_bound, total
+from fqdiff.planning.knapsack import Array, frontier, lower_bound, total
 from fqdiff.quant.formats import get_format
 
 MARGIN = 64.0  # bytes by which the digits of the header's offsets may differ between neighbouring optima
@@ -25,14 +25,14 @@ class Choice:
     constraint: str
 
 
-def best_within(market: Market, target: int) -> Choice:
-    """The choice of least value whose file takes at most ``target`` bytes, header included.
+def best_within(market: Market, target: int, values: Array | None = None) -> Choice:
+    """The choice of least value whose file takes at most ``target`` bytes, header included; ``values``: other than its own.
 
     The header's length depends on all choices together: the optima around the budget, with the header as it was in the last
     round, are tried with the true size, best first. Then no single better option still fits. Raises ConfigError, naming the
     smallest size, where nothing fits.
     """
-    values, costs = market.values, market.costs
+    values, costs = market.values if values is None else values, market.costs
     cheapest = tuple(int(j) for j in costs.argmin(axis=1))
     if target < (smallest := market.size(cheapest)):
         raise too_small(target, smallest)
@@ -53,7 +53,7 @@ def best_within(market: Market, target: int) -> Choice:
         if new == offset or (fitting and len(fitting) < len(found)):
             break
         offset = new
-    best = polished(market, best, target)
+    best = polished(market, best, target, values)
     bound = min(max(lower_bound(values, costs, highest), 0.0), total(values, best))
     return Choice(best, bound, "none" if total(values, best) == float(values.min(axis=1).sum()) else "budget")
 
@@ -66,9 +66,9 @@ def keep_everything(market: Market) -> tuple[int, ...]:
     )
 
 
-def polished(market: Market, choice: tuple[int, ...], target: int) -> tuple[int, ...]:
+def polished(market: Market, choice: tuple[int, ...], target: int, values: Array) -> tuple[int, ...]:
     """``choice`` with single better options put in, the most valuable first, until none fits any more."""
-    values, costs = market.values, market.costs
+    costs = market.costs
     while True:
         now = np.arange(len(choice)), list(choice)
         gain = values[now][:, None] - values

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fqdiff.context import Context
 from fqdiff.errors import QuantizationError
-from fqdiff.planning.knapsack import Array
+from fqdiff.planning.knapsack import Array, lower_hull
 from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import Format, PerGroup, PerTensor, get_format
 from fqdiff.quant.granularity import granularities
@@ -186,6 +186,14 @@ class Market:
         """Size of the whole file, to the byte."""
         described = {name: option.description for name, option in self.chosen(choice).items()}
         return file_bytes(stored_tensors(described), metadata(self.model, described))
+
+    def worthwhile(self) -> "Market":
+        """The same with only those options that a linear relaxation would ever take: the lower hull of (bytes, value)."""
+        hulls = (lower_hull(v, c) for v, c in zip(self.values, self.costs, strict=True))
+        return Market(
+            self.model,
+            {n: tuple(each[j] for j in hull) for (n, each), hull in zip(self.options.items(), hulls, strict=True)},
+        )
 
     def restricted(self, allowed: Mapping[str, str]) -> "Market":
         """The same with one format only for the parameters in ``allowed``."""

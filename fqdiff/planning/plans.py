@@ -1,7 +1,7 @@
 """A checkpoint and its Fisher table as a market of options, and the plans bought there."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -12,24 +12,32 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.planning import budget, scores
+from fqdiff.planning.calibration import Calibration, make_probe
 from fqdiff.planning.candidates import FLOATS, Market, Ways, make_options
 from fqdiff.planning.knapsack import total
+from fqdiff.planning.quadratic import separate
+from fqdiff.planning.refine import Found, refine, solve
 from fqdiff.quant.formats import get_format, without_zero_point
 from fqdiff.quant.ranges import FISHER, MIN_MAX
+from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.sensitivity.plans import ENDS
-from fqdiff.values import Alternative, Budget, Checkpoint, FisherTable, Plan, PlanEntry, model_description
+from fqdiff.values import Alternative, Budget, Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
 
 UNLIMITED = 2**62
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What can be bought: a market, each parameter's block and Fisher value (empty without a table), and what is fixed."""
+    """What can be bought: a market, each parameter's block and Fisher value (empty without a table), and what is fixed.
+
+    ``weights``: Fisher values of single weights that ranges and codebooks are fitted to, where they are known.
+    """
 
     market: Market
     blocks: Mapping[str, str]
     fisher: Mapping[str, float]
     ends: Mapping[str, str]
+    weights: Mapping[str, Tensor]
 
     @property
     def parameters(self) -> int:
@@ -74,7 +82,9 @@ def make_offer(
     if config.ends_format:
         market = market.restricted(ends)
     fisher = {name: 2 * float(values.mean()) for name, values in measured.items()}
-    return Offer(market, blocks, fisher, ends if config.ends_format else {})
+    if config.predictor == "gram":
+        market = market.worthwhile()
+    return Offer(market, blocks, fisher, ends if config.ends_format else {}, weights)
 
 
 def ways(config: PlanConfig, single_weights: bool) -> Ways:
@@ -132,16 +142,28 @@ def choose(offer: Offer, config: PlanConfig, target: int | None) -> budget.Choic
     return budget.best_within(offer.market, target)
 
 
-def make_plan(offer: Offer, config: PlanConfig) -> Plan:
-    """The plan, every entry with what else it could have been."""
+@dataclass(frozen=True)
+class Measured:
+    """What was ``found`` by running the network at so many ``timesteps``. ``rise``: of the best of ``evaluations`` plans."""
+
+    found: Found
+    timesteps: int
+    rise: float | None
+    evaluations: int
+
+
+def make_plan(offer: Offer, config: PlanConfig, measured: Measured | None = None) -> Plan:
+    """The plan, every entry with what else it could have been; ``measured``: one that was found by running the network."""
     target = target_bytes(config, offer.parameters)
-    choice = choose(offer, config, target)
+    choice = choose(offer, config, target) if measured is None else measured.found.choice
+    table = offer.market.values if measured is None else measured.found.problem.table(choice.positions)
     entries = []
-    for name, option in offer.market.chosen(choice.positions).items():
+    for (name, options), j, row in zip(offer.market.options.items(), choice.positions, table, strict=True):
         considered = tuple(
-            Alternative(o.format, str(o.description[2]), o.span, o.bytes, o.value) for o in offer.market.options[name]
+            Alternative(o.format, str(o.description[2]), o.span, o.bytes, float(v))
+            for o, v in zip(options, row, strict=False)
         )
-        predicted = option.value
+        option, predicted = options[j], float(row[j])
         limited = any(a.bytes < option.bytes if target is None else a.predicted < predicted for a in considered)
         shape, fmt, granularity = option.description
         entries.append(
@@ -167,11 +189,51 @@ def make_plan(offer: Offer, config: PlanConfig) -> Plan:
         timestep_weights=config.timestep_weights,
         target_bytes=target,
         max_loss_increase=config.max_loss_increase if target is None else None,
-        predicted=total(offer.market.values, choice.positions),
-        lower_bound=choice.lower_bound,
+        predicted=total(table, choice.positions),
+        lower_bound=choice.lower_bound if config.predictor == "diagonal" else None,
         constraint=choice.constraint,
+        predictor=config.predictor,
     )
+    if measured is not None:
+        facts = replace(
+            facts,
+            swaps=measured.found.swaps if config.predictor == "gram" else None,
+            diagonal=measured.found.diagonal if config.predictor == "gram" else None,
+            calibration_timesteps=measured.timesteps,
+            calibration_samples=config.calibration_samples,
+            measured=measured.rise,
+            evaluations=measured.evaluations,
+        )
     return Plan("budget", tuple(entries), offer.market.size(choice.positions), facts)
+
+
+def find_measured(
+    checkpoint: Checkpoint,
+    table: FisherTable | None,
+    dataset: Dataset | None,
+    offer: Offer,
+    config: PlanConfig,
+    seed: int,
+    context: Context,
+) -> Measured:
+    """The plan of predictor gram, or the one that did least of those that refining led to. A stopped run goes on.
+
+    Raises ConfigError without a size to fit or without images, DataError for images that do not fit.
+    """
+    target = target_bytes(config, offer.parameters)
+    assert table is not None
+    assert target is not None
+    probe = make_probe(checkpoint, dataset, table, config, seed, context.device)
+    calibration = Calibration(checkpoint, offer.market, offer.weights, probe, context)
+    with context.soft_stop() as stop_requested:
+        ledger = Ledger(context, stop_requested)
+        gram = config.predictor == "gram"
+        problem = calibration.quadratic(ledger) if gram else separate(offer.market.values)
+        if not config.refine:
+            return Measured(solve(offer.market, target, problem), probe.timesteps, None, 0)
+        trials = refine(offer.market, target, problem, calibration.measure, config.refine, ledger)
+    best = min(trials, key=lambda trial: trial.measured)
+    return Measured(best.found, probe.timesteps, best.measured, len(trials))
 
 
 RULES = {False: "the best plan that fits", True: "the widest single format that fits"}

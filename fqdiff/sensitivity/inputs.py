@@ -37,10 +37,14 @@ class Inputs:
         share = self.share[index]
         return Inputs(self.x_t[index], self.t[index], self.target[index], self.weight[index], share / share.sum())
 
+    def parts(self, size: int) -> "list[Inputs]":
+        """In pieces of ``size``, shares as they are."""
+        pieces = torch.arange(len(self)).split(size)
+        return [Inputs(self.x_t[i], self.t[i], self.target[i], self.weight[i], self.share[i]) for i in pieces]
+
     def chunks(self) -> "list[Inputs]":
         """In pieces that fit one forward pass, shares as they are."""
-        pieces = torch.arange(len(self)).split(CHUNK)
-        return [Inputs(self.x_t[i], self.t[i], self.target[i], self.weight[i], self.share[i]) for i in pieces]
+        return self.parts(CHUNK)
 
     def to(self, device: torch.device) -> "Inputs":
         """On ``device``, all but the shares."""

@@ -14,28 +14,39 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
-from fqdiff.planning.plans import make_offer, make_plan
+from fqdiff.planning.plans import find_measured, make_offer, make_plan
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import Format, PerTensor, get_format, parse_granularity, without_zero_point
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
 from fqdiff.quant.rounding import NEAREST, SQUANT
-from fqdiff.values import Checkpoint, FisherTable, Plan, PlanEntry, model_description
+from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
 Scores = Mapping[str, float]
 Rule = tuple[float, str]  # a threshold, and where it comes from
 
 
-def plan(checkpoint: Checkpoint, fisher: FisherTable | None, config: PlanConfig, seed: int, context: Context) -> Plan:
+def plan(
+    checkpoint: Checkpoint,
+    fisher: FisherTable | None,
+    dataset: Dataset | None,
+    config: PlanConfig,
+    seed: int,
+    context: Context,
+) -> Plan:
     """One entry per parameter of ``checkpoint``: what fits a budget best, or, by a rule, ``config.low`` under a threshold.
 
     Raises ConfigError for a timestep that the table lacks, a group size that does not divide or a budget that nothing fits,
-    LineageError for a table of other parameters. ``seed`` shuffles the random score.
+    LineageError for a table of other parameters. ``seed`` shuffles the random score. ``dataset`` is only looked at by predictor
+    gram and refine; its training images and ``seed`` make their calibration inputs.
     """
     if config.strategy == "budget":
-        return make_plan(make_offer(checkpoint, fisher, config, seed, context), config)
+        offer = make_offer(checkpoint, fisher, config, seed, context)
+        if not config.is_measured:
+            return make_plan(offer, config)
+        return make_plan(offer, config, find_measured(checkpoint, fisher, dataset, offer, config, seed, context))
     network = build(checkpoint.spec.architecture, "meta")
     blocks, axes = parameter_blocks(network), output_axes(network)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}

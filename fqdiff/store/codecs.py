@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqdiff.configs import RANGES, ROUNDINGS
+from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
@@ -40,7 +40,7 @@ from fqdiff.viz.grids import image_grid, png
 from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
-PLAN_SCHEMA = 2
+PLAN_SCHEMA = 3
 LABEL_LIMIT = 65_536
 
 
@@ -181,12 +181,23 @@ def load_plan(directory: Path) -> Plan:
             raise ValueError("it has no entries, or several for one parameter")
         if value.file_bytes < sum(e.bytes for e in entries):
             raise ValueError(f"its file of {value.file_bytes} bytes is smaller than its entries")
-        if budget is not None:
-            _check_budget(budget, value)
+        _check_budget(budget, value)
         return value
 
 
-def _check_budget(budget: Budget, plan: Plan) -> None:
+def _check_budget(budget: Budget | None, plan: Plan) -> None:
+    # What a tensor does beside others may be good: only with cross terms can a prediction be less than 0.
+    gram = budget is not None and budget.predictor == "gram"
+    if not gram and any(a.predicted < 0 for e in plan.entries for a in e.alternatives):
+        raise ValueError("it predicts something less than 0")
+    if budget is None:
+        return
+    if budget.predictor not in PREDICTORS:
+        raise ValueError(f"its predictor is '{budget.predictor[:20]}'")
+    if (budget.swaps is None) == gram or (budget.diagonal is None) == gram or (budget.lower_bound is None) != gram:
+        raise ValueError(f"its search does not fit the predictor {budget.predictor}")
+    if (budget.measured is None) != (budget.evaluations == 0) or (budget.measured or 0.0) < 0:
+        raise ValueError(f"{budget.evaluations} plans were measured, the best as {budget.measured}")
     if (budget.target_bytes is None) == (budget.max_loss_increase is None):
         raise ValueError("its budget has no target, or two")
     if budget.target_bytes is not None and plan.file_bytes > budget.target_bytes:
@@ -207,8 +218,8 @@ def _plan_entry(data: Any) -> PlanEntry:
     if entry.bytes != size:
         raise ValueError(f"'{entry.parameter}' takes {size} bytes, not {entry.bytes}")
     ways = [(get_format(a.format).name, str(parse_granularity(a.granularity))) for a in entry.alternatives]
-    if len(set(ways)) < len(ways) or any(a.predicted < 0 or a.range not in RANGES for a in entry.alternatives):
-        raise ValueError(f"the alternatives of '{entry.parameter}' name a way twice, or one less than 0")
+    if len(set(ways)) < len(ways) or any(a.range not in RANGES for a in entry.alternatives):
+        raise ValueError(f"the alternatives of '{entry.parameter}' name a way twice, or an unknown range")
     own = [
         (a.range, a.bytes, a.predicted)
         for a, way in zip(entry.alternatives, ways, strict=True)
