@@ -91,12 +91,20 @@ class Judge:
         made: SampleSet = sample(model, SampleConfig(steps=self.steps, count=self.images), seed, Context())
         return to_unit_range(made.images).double()
 
-    def row(self, budget: float | None, label: str, source: str, file_bytes: int, model: Any, seed: int = 0) -> Row:
-        """Everything measured of ``model``."""
+    def noise_error(self, model: Any) -> float:
+        """1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs and timesteps."""
         delta = outputs(model.network(), self.inputs, CPU) - self.reference
         error, _, _ = rises(delta, self.residual, SAMPLES)
+        return float((error * self.weights).sum())
+
+    def image_errors(self, images: Tensor) -> Tensor:
+        """Mean squared difference of each of ``images`` to the full-precision one of the same noise, float64 [N]."""
+        return (images - self.baseline).square().flatten(1).mean(dim=1)
+
+    def row(self, budget: float | None, label: str, source: str, file_bytes: int, model: Any, seed: int = 0) -> Row:
+        """Everything measured of ``model``."""
         images = self.sampled(model, seed)
-        each = (images - self.baseline).square().flatten(1).mean(dim=1)
+        each = self.image_errors(images)
         draw = generator(0, "budget bootstrap")
         means = each[torch.randint(len(each), (RESAMPLES, len(each)), generator=draw)].mean(dim=1)
         low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -106,7 +114,7 @@ class Judge:
             label,
             source,
             file_bytes,
-            float((error * self.weights).sum()),
+            self.noise_error(model),
             float(each.mean()),
             (low, high),
             shift,
@@ -114,11 +122,11 @@ class Judge:
 
 
 def ours(
-    runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], budget: float, name: str
+    runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], target: dict[str, Any], name: str
 ) -> tuple[str, int, Any] | None:
-    """Plan id, file size and model of one strategy; None where nothing fits."""
+    """Plan id, file size and model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
     table, settings = STRATEGIES[name]
-    config = PlanConfig("budget", target_bpw=budget, **settings)
+    config = PlanConfig("budget", **target, **settings)
     step = Step("plan", {"checkpoint": checkpoint, "fisher": tables[table]}, config)
     try:
         plan = runner.run(step)
@@ -184,7 +192,7 @@ def main() -> None:
     add(judge.row(None, "float32, other noise", manifest.id, full, checkpoint, seed=1))
     for budget in (float(b) for b in options.budgets.split(",") if b):
         for name in (s for s in options.strategies.split("/") if s):
-            made = ours(runner, manifest, tables, budget, name)
+            made = ours(runner, manifest, tables, {"target_bpw": budget}, name)
             if made is None:
                 print(f"{name:30} nothing fits {budget:g} bits per weight")
             else:

@@ -1,0 +1,268 @@
+"""optimum-quanto and SDNQ against a Fisher budget plan of the same bytes, on one model: noise error, image error.
+
+    pip install -c constraints.txt 'fqdiff[bench]'
+    fqdiff import pretrained:mnist-small --name mnist-small
+    fqdiff fisher mnist-small --kind true --timesteps 50 --granularity weight --bins 1 --name loss
+    fqdiff fisher mnist-small --kind trajectory --samples 64 --name runs
+    python benchmarks/rivals.py --images 64
+
+Every setting of either library is quantized, its file's bytes are counted and its noise error is measured. For each budget of
+bits per weight each library then enters with its setting of least noise error that fits; the setting's file size is the target
+of our plans. Those are sampled, all from the same noise. Errors as in budget.py. What is measured is kept beside the store, one
+JSON object a line, and not measured again.
+
+Each library's weights, as it dequantizes them, are run by one and the same network: only its weights are judged, not its speed.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from budget import SAMPLES, TIMESTEPS, Judge, ours
+from rival_libraries import Setting, quantized, quanto_settings, sdnq_settings
+
+from fqdiff.context import Context
+from fqdiff.pipeline import Runner
+from fqdiff.store.manifest import Manifest
+from fqdiff.store.store import Store
+from fqdiff.values import Checkpoint
+
+LIBRARIES = ("optimum-quanto", "sdnq")
+BEGIN, END = "<!-- measured by benchmarks/rivals.py -->", "<!-- end of what was measured -->"
+Record = dict[str, Any]
+
+
+class Ledger:
+    """Records by key, one JSON object a line; a line cut off by an interruption is measured again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, {}
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            self.found[self._name(record["key"])] = record["value"]
+
+    @staticmethod
+    def _name(key: Record) -> str:
+        return json.dumps(key, sort_keys=True)
+
+    def get(self, key: Record, measure: Callable[[], Record]) -> Record:
+        """What was recorded for ``key``, or else what ``measure`` returns, recorded."""
+        name = self._name(key)
+        if name not in self.found:
+            self.found[name] = measure()
+            with self.path.open("a") as file:
+                # A line of its own, also after one that was cut off.
+                file.write("\n" + json.dumps({"key": key, "value": self.found[name]}) + "\n")
+        return self.found[name]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: ``source`` is a plan's id, or empty; ``noise`` its noise error; ``images`` the error of each image."""
+
+    label: str
+    source: str
+    file_bytes: int
+    noise: float
+    images: tuple[float, ...] = ()
+
+    def bits(self, parameters: int) -> float:
+        """Bits per weight, the whole file counted."""
+        return 8 * self.file_bytes / parameters
+
+
+@dataclass
+class Bench:
+    """All that measuring takes; ``key`` names what every record depends on."""
+
+    runner: Runner
+    manifest: Manifest
+    checkpoint: Checkpoint
+    tables: dict[str, Manifest]
+    judge: Judge
+    ledger: Ledger
+    key: Record
+
+    def rival_key(self, setting: Setting) -> Record:
+        options = dict(setting.options)
+        return {**self.key, "library": setting.library, "version": version(setting.library), "options": options}
+
+    def rival_model(self, setting: Setting) -> tuple[int, Checkpoint]:
+        """File size and weights of ``setting``."""
+        made = quantized(self.checkpoint.network(), setting)
+        return len(made.content), replace(self.checkpoint, tensors=made.weights)
+
+    def rival(self, setting: Setting) -> Row | str:
+        """The row of ``setting`` without images, or the error its library ends with."""
+
+        def measure() -> Record:
+            try:
+                size, model = self.rival_model(setting)
+                return {"bytes": size, "noise": self.judge.noise_error(model)}
+            except Exception as error:  # whatever a library raises is its result
+                return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+        got = self.ledger.get({**self.rival_key(setting), "measure": "noise"}, measure)
+        if "error" in got:
+            return str(got["error"])
+        return Row(f"{setting.library}: {setting.label}", "", got["bytes"], got["noise"])
+
+    def images(self, key: Record, model: Callable[[], Any]) -> tuple[float, ...]:
+        """The error of each image of ``model``."""
+        key = {**key, "measure": "images", "images": self.judge.images, "steps": self.judge.steps}
+
+        def measure() -> Record:
+            return {"errors": self.judge.image_errors(self.judge.sampled(model(), 0)).tolist()}
+
+        return tuple(self.ledger.get(key, measure)["errors"])
+
+    def rival_with_images(self, setting: Setting, row: Row) -> Row:
+        return replace(row, images=self.images(self.rival_key(setting), lambda: self.rival_model(setting)[1]))
+
+    def plan(self, name: str, target_bytes: int) -> Row | None:
+        """Our plan of strategy ``name`` in at most ``target_bytes``; None if nothing fits."""
+        made = ours(self.runner, self.manifest, self.tables, {"target_bytes": target_bytes}, name)
+        if made is None:
+            return None
+        plan, size, model = made
+        key = {**self.key, "plan": plan}
+        noise = self.ledger.get({**key, "measure": "noise"}, lambda: {"noise": self.judge.noise_error(model)})["noise"]
+        return Row(f"fqdiff: {name}", plan, size, noise, self.images(key, lambda: model))
+
+
+def entrants(rows: Iterable[tuple[Setting, Row]], budgets: list[float], parameters: int) -> list[tuple[Setting, Row]]:
+    """For each budget and library the row of least noise error that fits; each row once, from the smallest file up."""
+    rows = list(rows)
+    chosen: dict[str, tuple[Setting, Row]] = {}
+    for budget in budgets:
+        for library in LIBRARIES:
+            fitting = [(s, r) for s, r in rows if s.library == library and r.bits(parameters) <= budget]
+            if fitting:
+                best = min(fitting, key=lambda pair: (pair[1].noise, pair[1].file_bytes))
+                chosen[best[1].label] = best
+    return sorted(chosen.values(), key=lambda pair: pair[1].file_bytes)
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean of ``values`` and its standard error."""
+    each = torch.tensor(list(values), dtype=torch.float64)
+    return float(each.mean()), float(each.std() / len(each) ** 0.5)
+
+
+def compared(groups: list[tuple[Row, list[Row]]], parameters: int) -> list[str]:
+    """The table of rivals, each above our plans of its bytes; Markdown lines."""
+    lines = [
+        "| model | bytes | bits | noise error | image error | theirs - ours | plan |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rival, plans in groups:
+        for row in (rival, *plans):
+            mean, error = mean_and_error(row.images)
+            difference = ""
+            if row is not rival:
+                gain = mean_and_error(a - b for a, b in zip(rival.images, row.images, strict=True))
+                difference = f"{gain[0]:+.5f} ± {gain[1]:.5f}"
+            label = f"**{row.label}**" if row is rival else row.label
+            lines.append(
+                f"| {label} | {row.file_bytes:,} | {row.bits(parameters):.3f} | {row.noise:.3g}"
+                f" | {mean:.5f} ± {error:.5f} | {difference} | {row.source} |"
+            )
+    return lines
+
+
+def listed(rows: list[Row], failed: list[tuple[Setting, str]], parameters: int) -> list[str]:
+    """Every setting with its bytes and noise error, from the smallest file up, then those that failed; Markdown lines."""
+    lines = ["| setting | bytes | bits | noise error |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row.file_bytes):
+        lines.append(f"| {row.label} | {row.file_bytes:,} | {row.bits(parameters):.3f} | {row.noise:.3g} |")
+    lines += ["", "Settings that failed, with the first line of the error:", ""]
+    lines += [f"- {setting.library}: {setting.label}: `{error}`" for setting, error in failed]
+    return lines
+
+
+def write_between(path: Path, lines: list[str]) -> None:
+    """Put ``lines`` between the marks in the page at ``path``, and leave what people wrote around them."""
+    page = path.read_text()
+    before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
+    path.write_text(page[:before] + "\n\n" + "\n".join(lines) + "\n\n" + page[after:])
+
+
+def main() -> None:
+    """Parse the command line, measure what is missing, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="mnist-small")
+    parser.add_argument("--store", type=Path, default=Path(os.environ.get("FQDIFF_STORE", "fqdiff-store")))
+    parser.add_argument("--loss", default="loss", help="Fisher table of the loss, with single weights")
+    parser.add_argument("--runs", default="runs", help="Fisher table of sampler runs")
+    parser.add_argument("--budgets", default="2.5,3,4,5,6.5", help="bits per weight; each library enters once for each")
+    parser.add_argument("--plans", default="fisher", help="our strategies, of those of budget.py, with commas")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=20, help="of DDIM")
+    parser.add_argument("--results", type=Path, help="where measurements are kept (default: STORE-rivals.jsonl)")
+    parser.add_argument("--markdown", type=Path, help="also put the tables into this page, between its marks")
+    options = parser.parse_args()
+
+    store = Store(options.store)
+    runner = Runner(store, Context())
+    manifest = store.resolve(options.checkpoint, ("checkpoint",))
+    checkpoint: Checkpoint = runner.load(manifest)
+    tables = {"loss": store.resolve(options.loss, ("fisher",)), "runs": store.resolve(options.runs, ("fisher",))}
+    given = manifest.input("dataset")
+    assert given is not None
+    dataset = store.find("dataset", given.id)
+    assert dataset is not None
+    judge = Judge(checkpoint, runner.load(dataset).reference, options.images, options.steps)
+    results = options.results or options.store.with_name(f"{options.store.resolve().name}-rivals.jsonl")
+    key = {"checkpoint": manifest.id, "dataset": dataset.id, "inputs": [TIMESTEPS, SAMPLES], "torch": torch.__version__}
+    bench = Bench(runner, manifest, checkpoint, tables, judge, Ledger(results), key)
+    parameters = sum(t.numel() for t in checkpoint.tensors.values())
+
+    works: list[tuple[Setting, Row]] = []
+    failed: list[tuple[Setting, str]] = []
+    for setting in (*quanto_settings(), *sdnq_settings()):
+        found = bench.rival(setting)
+        if isinstance(found, str):
+            failed.append((setting, found))
+            print(f"{setting.library}: {setting.label}: {found}", flush=True)
+        else:
+            works.append((setting, found))
+            print(f"{found.label}: {found.file_bytes:,} bytes, noise error {found.noise:.4g}", flush=True)
+
+    groups: list[tuple[Row, list[Row]]] = []
+    for setting, plain in entrants(works, [float(b) for b in options.budgets.split(",")], parameters):
+        rival = bench.rival_with_images(setting, plain)
+        made = [bench.plan(name, rival.file_bytes) for name in options.plans.split(",") if name]
+        groups.append((rival, [row for row in made if row is not None]))
+        print("\n".join(compared(groups[-1:], parameters)[2:]), flush=True)
+
+    versions = ", ".join(f"{name} {version(name)}" for name in (*LIBRARIES, "torch"))
+    lines = [
+        f"Checkpoint {manifest.id} ({parameters:,} parameters), Fisher tables {tables['loss'].id} and"
+        f" {tables['runs'].id}; {versions}; {options.images} images, DDIM-{options.steps}, seed 0.",
+        "",
+        *compared(groups, parameters),
+        "",
+        "All settings, by size:",
+        "",
+        *listed([row for _, row in works], failed, parameters),
+    ]
+    if options.markdown is None:
+        print("\n".join(lines))
+    else:
+        write_between(options.markdown, lines)
+
+
+if __name__ == "__main__":
+    main()
