@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,11 @@ class Judge:
         network = checkpoint.network()
         self.reference = outputs(network, self.inputs, CPU)
         self.residual = residual(self.inputs, self.reference)
-        self.baseline = self.sampled(checkpoint, 0)
+
+    @cached_property
+    def baseline(self) -> Tensor:
+        """The full-precision model's images, which all others are compared with."""
+        return self.sampled(self.checkpoint, 0)
 
     def sampled(self, model: Any, seed: int) -> Tensor:
         """Images in [-1, 1] from the noise of ``seed``."""

@@ -164,12 +164,13 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 def compared(groups: list[tuple[Row, list[Row]]], parameters: int) -> list[str]:
     """The table of rivals, each above our plans of its bytes; Markdown lines."""
     lines = [
-        "| model | bytes | bits | noise error | image error | theirs - ours | plan |",
-        "|---|---|---|---|---|---|---|",
+        "| model | bytes | bits | noise error | image error | median | theirs - ours | plan |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for rival, plans in groups:
         for row in (rival, *plans):
             mean, error = mean_and_error(row.images)
+            median = float(torch.tensor(row.images, dtype=torch.float64).quantile(0.5))
             difference = ""
             if row is not rival:
                 gain = mean_and_error(a - b for a, b in zip(rival.images, row.images, strict=True))
@@ -177,7 +178,7 @@ def compared(groups: list[tuple[Row, list[Row]]], parameters: int) -> list[str]:
             label = f"**{row.label}**" if row is rival else row.label
             lines.append(
                 f"| {label} | {row.file_bytes:,} | {row.bits(parameters):.3f} | {row.noise:.3g}"
-                f" | {mean:.5f} ± {error:.5f} | {difference} | {row.source} |"
+                f" | {mean:.5f} ± {error:.5f} | {median:.5f} | {difference} | {row.source} |"
             )
     return lines
 
@@ -187,7 +188,8 @@ def listed(rows: list[Row], failed: list[tuple[Setting, str]], parameters: int) 
     lines = ["| setting | bytes | bits | noise error |", "|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: row.file_bytes):
         lines.append(f"| {row.label} | {row.file_bytes:,} | {row.bits(parameters):.3f} | {row.noise:.3g} |")
-    lines += ["", "Settings that failed, with the first line of the error:", ""]
+    if failed:
+        lines += ["", "Settings that failed, with the first line of the error:", ""]
     lines += [f"- {setting.library}: {setting.label}: `{error}`" for setting, error in failed]
     return lines
 
