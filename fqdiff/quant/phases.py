@@ -45,7 +45,7 @@ class PhasedNetwork(nn.Module):
             output = None
             for each in present:
                 rows = (phase == each).nonzero().flatten()
-                part = self(x[rows], t[rows])  # not forward: hooks that look at t are to see these samples
+                part: Tensor = self(x[rows], t[rows])  # not forward: hooks that look at t are to see these samples
                 output = part.new_empty((len(x), *part.shape[1:])) if output is None else output
                 output[rows] = part
             assert output is not None
