@@ -1,13 +1,13 @@
 """What phases of timesteps bring at a given traffic: predicted and measured noise error, bytes of the file, bytes read.
 
     fqdiff import pretrained:mnist-small --name mnist-small
-    fqdiff fisher mnist-small --kind true --timesteps 50 --samples 16 --name loss
+    fqdiff fisher mnist-small --kind true --timesteps 200 --samples 16 --name loss
     python benchmarks/phases.py mnist-small --loss loss
 
 For each traffic R, in bits that a timestep reads per weight: the best plan without phases that reads R; the best with 2 and 4
 phases, whose file may be twice as large; the best without phases whose file is as large as that of 4 phases; and the best for a
 file of R, with 4 phases to choose from and nothing said of traffic. Noise error: 1/2 |eps_q - eps|^2, summed over pixels, mean
-over held-out inputs, and over timesteps; as in ``budget.py``, on the same inputs.
+over held-out inputs, and over timesteps, with its standard error; as in ``budget.py``, on the same inputs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from fqdiff.context import Context
 from fqdiff.pipeline import Runner, Step
 from fqdiff.quant.packed import read_bytes
 from fqdiff.sensitivity.inputs import draw_inputs, graded_timesteps
-from fqdiff.sensitivity.measure import outputs, residual, rises
+from fqdiff.sensitivity.measure import outputs
 from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint
 
@@ -60,20 +60,21 @@ def main() -> None:
         assert value.budget is not None
         read = sum(read_bytes(*each) for each in model.described.values())
         delta = outputs(model.network(), inputs, context.device) - reference
-        error, _, _ = rises(delta, residual(inputs, reference), SAMPLES)
+        each = 0.5 * delta.double().square().flatten(1).sum(dim=1).view(TIMESTEPS, SAMPLES)
+        error = float(each.mean(dim=1) @ weights)
+        deviation = float((each.var(dim=1) / SAMPLES) @ weights.square()) ** 0.5
         size = made.file("model.safetensors").bytes
         print(
             f"{label:34} {8 * size / parameters:6.3f} {8 * read / parameters:6.3f} {value.budget.predicted:9.4f}"
-            f" {float((error * weights).sum()):9.4f}  {plan.id}",
+            f" {error:9.4f} {deviation:6.4f}  {plan.id}",
             flush=True,
         )
         return value
 
     print(f"checkpoint {manifest.id}, table {table.id}, data set {dataset.id}")
-    print(f"{'plan':34} {'file':>6} {'read':>6} {'predicted':>9} {'measured':>9}  source")
+    print(f"{'plan':34} {'file':>6} {'read':>6} {'predicted':>9} {'measured':>9} {'+-':>6}  source")
     for traffic in (float(r) for r in options.traffic.split(",")):
         row(f"file of {traffic:g}, 4 phases offered", target_bpw=traffic, phases=4)
-        wide = 2 * traffic
         for phases in (2, 4):
             plan = row(f"read {traffic:g}, {phases} phases", target_bpw=2 * traffic, phases=phases, traffic_bpw=traffic)
         assert plan.phases is not None
