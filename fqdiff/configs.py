@@ -160,7 +160,9 @@ class PlanConfig:
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
     kept small, ``formats`` what there is to choose from, empty for the default, and ``ends`` the format of stem and head, empty
     for any. ``predictor`` gram adds what errors do together; ``refine``: plans that may be measured, 0 for none. Both look at
-    ``calibration_samples`` images at each of ``calibration_timesteps``, or, for the trajectory score, sampler runs.
+    ``calibration_samples`` images at each of ``calibration_timesteps``, or, for the trajectory score, sampler runs. With
+    ``phases`` of timesteps, tensors may be read with fewer bits in some, so that a timestep reads at most ``traffic_bpw`` bits
+    per weight, averaged over all; 0 for no such limit.
     """
 
     strategy: str = "groups"
@@ -188,6 +190,8 @@ class PlanConfig:
     refine: int = 0
     calibration_timesteps: int = 10
     calibration_samples: int = 4
+    phases: int = 1
+    traffic_bpw: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
@@ -220,12 +224,16 @@ class PlanConfig:
             "several ranges or granularities to choose from, without a budget",
             "give one, or add --target-bpw",
         )
+        for name in (*self.formats, self.ends, self.low, self.high):
+            require(":" not in name, f"format {name} for all", "--phases 4 chooses bits by phase; give e.g. int6")
         require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
         self._check_budget()
 
     def _check_budget(self) -> None:
         calibration = ("calibration_timesteps", "calibration_samples")
-        of_budget = (*TARGETS, "score", "timestep_weights", "formats", "ends", "predictor", "refine", *calibration)
+        of_phases = ("phases", "traffic_bpw")
+        scored = ("score", "timestep_weights", "formats", "ends", "predictor", "refine")
+        of_budget: tuple[str, ...] = (*TARGETS, *scored, *calibration, *of_phases)
         of_rules = ("groups", "thresholds", "threshold", "ratio", "mean_std", "at", "low", "high")
         foreign = of_rules if self.strategy == "budget" else of_budget
         changed = [name for name in foreign if getattr(self, name) != getattr(PlanConfig, name)]
@@ -269,6 +277,7 @@ class PlanConfig:
             self.predictor in PREDICTORS, f"unknown predictor '{self.predictor}'", f"one of: {', '.join(PREDICTORS)}"
         )
         require(0 <= self.refine <= 1000, f"refine is {self.refine}", "plans to measure, 0 (none) to 1000")
+        self._check_phases(given)
         for name in calibration:
             require(1 <= getattr(self, name) <= 10_000, f"{name} is {getattr(self, name)}", "use 1 or more")
         if not self.is_measured:
@@ -289,6 +298,22 @@ class PlanConfig:
             self.score != "trajectory" or self.calibration_timesteps == PlanConfig.calibration_timesteps,
             "a sampler run takes the steps of its Fisher table",
             "leave calibration_timesteps out; calibration_samples counts the runs",
+        )
+
+    def _check_phases(self, targets: list[str]) -> None:
+        require(1 <= self.phases <= 4, f"phases is {self.phases}", "use 1 (none) to 4")
+        require(0 <= self.traffic_bpw <= 64, f"traffic_bpw is {self.traffic_bpw}", "bits per weight, e.g. 2.5")
+        if self.phases == 1:
+            require(self.traffic_bpw == 0, "traffic_bpw without phases", "add --phases 4, or give a smaller target")
+            return
+        require(
+            self.score == "fisher" and not self.timestep_weights.startswith("at:"),
+            f"score '{self.score}' with timestep_weights '{self.timestep_weights}' does not tell phases apart",
+            "use --score fisher, with weights of all timesteps",
+        )
+        require(not self.is_measured, "predictor gram and refine know no phases", "leave them out, or phases")
+        require(
+            "max_loss_increase" not in targets, "phases for a limit on the rise", "give --target-bpw or --target-size"
         )
 
     @property

@@ -20,6 +20,7 @@ from fqdiff.quant.container import Description
 from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.modules import hold_packed
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
+from fqdiff.quant.phases import phase_count, use_phases
 from fqdiff.quant.ranges import FISHER
 from fqdiff.quant.timestep_bias import add_timestep_bias
 
@@ -154,8 +155,19 @@ class QuantizedCheckpoint:
         """How each parameter is stored."""
         return {name: (p.shape, p.format, p.granularity) for name, p in self.packed.items()}
 
+    @property
+    def phases(self) -> int:
+        """In how many phases of timesteps parameters are read with bits of their own."""
+        formats = (p.format for p in self.packed.values())
+        return phase_count(formats, self.spec.noise_schedule().num_train_timesteps)
+
     def network(self) -> nn.Module:
-        """The network, in eval mode, its float32 weights computed from the packed tensors alone."""
+        """The network, in eval mode, its float32 weights computed from the packed tensors alone.
+
+        With phases of timesteps: one float32 tensor for each precision of a parameter, from its first use on.
+        """
+        if self.phases > 1:
+            return self.packed_network(cache=True)
         return self._biased(self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()}))
 
     def packed_network(self, cache: bool = False) -> nn.Module:
@@ -163,7 +175,10 @@ class QuantizedCheckpoint:
 
         With ``cache`` the float32 weights of each layer are kept from its first use on.
         """
-        return self._biased(self.spec.packed_network(self.packed, cache))
+        network = self._biased(self.spec.packed_network(self.packed, cache))
+        if self.phases > 1:
+            use_phases(network, self.phases, self.spec.noise_schedule().num_train_timesteps)
+        return network
 
     def _biased(self, network: nn.Module) -> nn.Module:
         add_timestep_bias(network, self.timestep_bias, self.spec.noise_schedule().num_train_timesteps)
@@ -303,6 +318,21 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Phases:
+    """What ``count`` phases of timesteps bring. ``read_bytes``: payload that a timestep reads, averaged over all of them, to be
+    at most ``traffic_bytes``, where that is given.
+
+    ``single_predicted``, ``single_bytes``: predicted rise and file of the best plan without phases within the same limits.
+    """
+
+    count: int
+    read_bytes: float
+    traffic_bytes: int | None
+    single_predicted: float
+    single_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """One entry per parameter, kept ones included. ``file_bytes`` is the size of the file that ``quantize`` writes."""
 
@@ -310,6 +340,7 @@ class Plan:
     entries: tuple[PlanEntry, ...]
     file_bytes: int
     budget: Budget | None = None
+    phases: Phases | None = None
 
     @property
     def fits_fisher(self) -> bool:

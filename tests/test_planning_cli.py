@@ -4,7 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import fqdiff
 from fqdiff.cli.plan_show import diff_rows
 from fqdiff.errors import LineageError
 from fqdiff.pipeline import Runner
@@ -206,3 +208,28 @@ def test_plans_of_different_models_are_not_compared(store: Path) -> None:
     plan = Runner(Store(store)).load(Store(store).resolve("by-fisher"))
     with pytest.raises(LineageError, match="different models"):
         diff_rows(plan, replace(plan, entries=plan.entries[1:]))
+
+
+def test_phases_go_from_the_plan_to_the_images(store: Path, tmp_path: Path) -> None:
+    made = good(
+        store, "plan", "empirical", "--target-bpw", "6", "--phases", "2", "--traffic-bpw", "4.5", "--name", "phased"
+    )
+    assert made["phases"]["count"] == 2  # type: ignore[index]
+    small = good(store, "quantize", "phased", "--name", "phased-model")
+    assert small["file_bytes"] == made["file_bytes"] == Path(str(small["file"])).stat().st_size
+    sizes = good(store, "size", "phased-model")
+    assert sum(sizes["kinds"].values()) == made["file_bytes"]  # type: ignore[attr-defined]
+    good(store, "sample", "phased-model", "--count", "2", "--steps", "4")
+    network = fqdiff.load("phased-model", store=store)
+    x, t = torch.randn(2, *network.spec.image_shape), torch.tensor([3, 999])
+    assert torch.equal(network(x, t), fqdiff.load(str(small["file"]), cache=True)(x, t))
+    text = call(store, "plan", "show", "phased").stdout
+    assert "2 phases: " in text
+    assert "without phases, within the same limits" in text
+    good(store, "plot", "plan", "phased", "--output", str(tmp_path / "out"))
+    result = call(store, "plan", "empirical", "--target-bpw", "6", "--traffic-bpw", "4.5")
+    assert result.exit_code == 2
+    assert "add --phases 4" in result.stderr
+    result = call(store, "plan", "empirical", "--uniform", "int4", "--phases", "2")
+    assert result.exit_code == 2
+    assert "phases" in result.stderr

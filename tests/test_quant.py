@@ -218,7 +218,7 @@ def test_a_reader_that_knows_only_the_documentation_finds_the_same_values(name: 
         assert np.array_equal(read_with_numpy(path, "w"), unpack_tensor(packed).numpy())
 
 
-def read_with_numpy(path: Path, name: str) -> np.ndarray:
+def read_with_numpy(path: Path, name: str, phase: int | None = None) -> np.ndarray:
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -229,12 +229,24 @@ def read_with_numpy(path: Path, name: str) -> np.ndarray:
         begin, end = header[f"{name}.{part}"]["data_offsets"]
         return np.frombuffer(content[start + begin : start + end], np.uint8)
 
-    def codes_of(stream: np.ndarray, number: int) -> np.ndarray:
+    stored, _, phases = facts["format"].partition(":")
+    phase_bits = [int(bits) for bits in phases.split("/")] if phases else []
+
+    def codes_of(stream: np.ndarray, number: int, bits: int = 0) -> np.ndarray:
         if facts["format"] == "ternary":
             return np.array([byte // 3**k % 3 for byte in stream.tolist() for k in range(5)][:number])
-        bits = int(facts["format"].removesuffix("sym").removeprefix("int").removeprefix("codebook"))
+        bits = bits or int(stored.removesuffix("sym").removeprefix("int").removeprefix("codebook"))
         digits = np.unpackbits(stream, bitorder="little")[: number * bits].reshape(number, bits)
         return digits @ (1 << np.arange(bits))
+
+    def nested_codes() -> np.ndarray:
+        codes, known, levels = np.zeros(count, np.int64), 0, sorted(set(phase_bits))
+        wanted = levels[-1] if phase is None else phase_bits[phase]
+        for number, level in enumerate(level for level in levels if level <= wanted):
+            plane = codes_of(raw(f"plane{number}" if number else "codes"), count, level - known)
+            codes, known = codes * 2 ** (level - known) + plane, level
+        steps = 2 ** (levels[-1] - wanted)
+        return codes * steps + (steps - 1) / 2
 
     numbers = facts["granularity"].removesuffix(":float16").split(":")[1:]
     half = facts["granularity"].endswith(":float16")
@@ -254,11 +266,11 @@ def read_with_numpy(path: Path, name: str) -> np.ndarray:
         codes = np.array([float8_value(byte, facts["format"]) for byte in raw("codes").tolist()], np.float32)
         zero = np.zeros(len(scale))
     else:
-        codes = codes_of(raw("codes"), count)
+        codes = nested_codes() if phases else codes_of(raw("codes"), count)
         if f"{name}.zero_point" in header:
             zero = codes_of(raw("zero_point"), len(scale))
         else:
-            zero = np.full(len(scale), 1 if facts["format"] == "ternary" else codes_middle(facts["format"]))
+            zero = np.full(len(scale), 1 if facts["format"] == "ternary" else codes_middle(stored))
     rows = np.moveaxis(codes.reshape(shape), axis, 0)
     values = (rows.reshape(len(scale), -1) - zero[:, None]).astype(np.float32) * scale[:, None]
     return np.moveaxis(values.reshape(rows.shape), 0, axis)

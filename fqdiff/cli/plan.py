@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 READS_FISHER = {"at", "low", "high"}
 ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"}
 CALIBRATION = {"predictor", "refine", "calibration_timesteps", "calibration_samples"}
-READS_BUDGET = {"score", "timestep_weights", "formats", "ends"} | CALIBRATION
+READS_BUDGET = {"score", "timestep_weights", "formats", "ends", "phases", "traffic_bpw"} | CALIBRATION
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
     "threshold": READS_FISHER,
@@ -147,6 +147,26 @@ def make(
             rich_help_panel=BUDGET,
         ),
     ] = None,
+    phases: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4,
+            help="Equal phases of timesteps in which tensors may be read with bits of their own.",
+            show_default=f"{PlanConfig.phases}",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    traffic_bpw: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=64,
+            help="With --phases: bits per weight that a timestep may read, averaged over all.",
+            show_default="no limit",
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
     groups: Annotated[
         str | None, typer.Option(help="Block groups, one threshold each, e.g. 12/345/6.", rich_help_panel=RULES)
     ] = None,
@@ -234,6 +254,8 @@ def make(
         "refine": refine,
         "calibration_timesteps": calibration_timesteps,
         "calibration_samples": calibration_samples,
+        "phases": phases,
+        "traffic_bpw": traffic_bpw,
         "groups": groups,
         "thresholds": parse_thresholds(thresholds) if thresholds is not None else None,
         "threshold": threshold,
@@ -282,7 +304,8 @@ def make(
     rows = block_rows(value) if value.budget is not None else plan_rows(value, low_format)
     full_bytes = only_input(session, manifest, "checkpoint").file("model.safetensors").bytes
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
-    facts = {"budget": vars(value.budget)} if value.budget is not None else {}
+    facts: dict[str, object] = {"budget": vars(value.budget)} if value.budget is not None else {}
+    facts |= {"phases": vars(value.phases)} if value.phases is not None else {}
     session.result(
         {**artifact_data(session.store, manifest), **totals, **facts, "blocks": rows},
         lambda: (

@@ -28,8 +28,8 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
 
     size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
     names = ("score", "timestep_weights", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
-    calibration = ("predictor", "refine", "calibration_timesteps", "calibration_samples")
-    chosen = {name: flags[name] for name in (*names, *calibration)}
+    others = ("predictor", "refine", "calibration_timesteps", "calibration_samples", "phases", "traffic_bpw")
+    chosen = {name: flags[name] for name in (*names, *others)}
     if formats is not None:
         chosen["formats"] = tuple(part.strip() for part in formats.split(",") if part.strip())
     targets = {
@@ -65,6 +65,8 @@ def show_pareto(
 
     if session.name is not None or session.dry_run:
         raise ConfigError("--pareto makes no artifact", "leave --name and --dry-run out")
+    if config.phases > 1:
+        raise ConfigError("--pareto knows no phases", "leave --phases out")
     if config.is_measured:
         raise ConfigError("--pareto shows the diagonal's predictions", "leave --predictor and --refine out")
     runner = session.runner
@@ -169,7 +171,32 @@ def facts_text(value: "Plan") -> list[str]:
     if b.measured is not None:
         ratio = f", {b.predicted / b.measured:.3f} of it predicted" if b.measured > 0 else ""
         facts.append(f"measured {b.measured:.4g} on {calibration}{ratio}; the best of {b.evaluations} plans tried")
-    return facts
+    return [*facts, *phases_text(value)]
+
+
+def phases_text(value: "Plan") -> list[str]:
+    """What phases of timesteps bring, and what the best plan without them is predicted to do."""
+    p, b = value.phases, value.budget
+    if p is None or b is None:
+        return []
+    bits = 8 * p.read_bytes / value.parameters
+    limit = f", at most {p.traffic_bytes:,}" if p.traffic_bytes is not None else ""
+    read = f"a timestep reads {p.read_bytes:,.0f} bytes of payload on average ({bits:.3f} bits per weight){limit}"
+    phased = sum(base_format(e.format) != e.format for e in value.entries)
+    if not phased:
+        why = "every stored bit is worth reading at every timestep, so that they save no byte of the file"
+        return [f"{p.count} phases change nothing: {why}", f"{read}; --traffic-bpw limits it"]
+    gain = 1 - b.predicted / p.single_predicted if p.single_predicted > 0 else 0.0
+    return [
+        f"{p.count} phases: {phased} tensors are read with fewer bits in some; {read}",
+        f"without phases, within the same limits: predicted {p.single_predicted:.4g} with a file of {p.single_bytes:,} bytes; "
+        f"phases are predicted {100 * gain:.1f} % less, for {value.file_bytes - p.single_bytes:+,} bytes of file",
+    ]
+
+
+def base_format(name: str) -> str:
+    """A format's name without the bits of its phases."""
+    return name.partition(":")[0]
 
 
 def block_rows(value: "Plan") -> list[dict[str, object]]:
@@ -179,7 +206,8 @@ def block_rows(value: "Plan") -> list[dict[str, object]]:
         entries = [e for e in value.entries if e.block == block]
         formats: dict[str, int] = {}
         for e in entries:
-            formats[e.format] = formats.get(e.format, 0) + prod(e.shape)
+            stored = base_format(e.format)
+            formats[stored] = formats.get(stored, 0) + prod(e.shape)
         rows.append(
             {
                 "block": block,
@@ -196,8 +224,8 @@ def block_rows(value: "Plan") -> list[dict[str, object]]:
 
 def budget_text(manifest: "Manifest", value: "Plan") -> str:
     """The table of :func:`block_rows` for people, and how good the plan is known to be."""
-    considered = dict.fromkeys(a.format for e in value.entries for a in e.alternatives)
-    used = [f for f in considered if any(e.format == f for e in value.entries)]
+    considered = dict.fromkeys(base_format(a.format) for e in value.entries for a in e.alternatives)
+    used = [f for f in considered if any(base_format(e.format) == f for e in value.entries)]
     cells = []
     for row in block_rows(value):
         formats, weights, size = row["formats"], row["weights"], row["bytes_planned"]

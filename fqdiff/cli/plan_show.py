@@ -30,7 +30,8 @@ def show(
     value: Plan = session.runner.load(manifest)
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
     facts = vars(value.budget) if value.budget is not None else None
-    data = {**artifact_data(session.store, manifest), **totals, "budget": facts, "entries": entry_rows(value)}
+    phases = {"phases": vars(value.phases)} if value.phases is not None else {}
+    data = {**artifact_data(session.store, manifest), **totals, "budget": facts, **phases, "entries": entry_rows(value)}
     session.result(data, lambda: show_text(manifest, value))
 
 

@@ -36,7 +36,7 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     cheapest = tuple(int(j) for j in costs.argmin(axis=1))
     if target < (smallest := market.size(cheapest)):
         raise too_small(target, smallest)
-    wide = keep_everything(market)
+    wide = keep_everything(market, values)
     if market.size(wide) <= target:
         return Choice(wide, 0.0, "none")
     best, offset = cheapest, market.size(cheapest) - total(costs, cheapest)
@@ -58,22 +58,31 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     return Choice(best, bound, "none" if total(values, best) == float(values.min(axis=1).sum()) else "budget")
 
 
-def keep_everything(market: Market) -> tuple[int, ...]:
+def keep_everything(market: Market, values: Array | None = None) -> tuple[int, ...]:
     """For every parameter the option of least value, the widest of several."""
+    values = market.values if values is None else values
     return tuple(
-        min(range(len(options)), key=lambda j, o=options: (o[j].value, -o[j].description[1].bits))  # type: ignore[misc]
-        for options in market.options.values()
+        min(range(len(options)), key=lambda j, o=options, v=row: (v[j], -o[j].description[1].bits))  # type: ignore[misc]
+        for options, row in zip(market.options.values(), values, strict=True)
     )
 
 
-def polished(market: Market, choice: tuple[int, ...], target: int, values: Array) -> tuple[int, ...]:
-    """``choice`` with single better options put in, the most valuable first, until none fits any more."""
+def polished(
+    market: Market, choice: tuple[int, ...], target: int, values: Array, also: tuple[Array, float] | None = None
+) -> tuple[int, ...]:
+    """``choice`` with single better options put in, the most valuable first, until none fits any more.
+
+    ``also``: what else each option takes, and how much all may take together.
+    """
     costs = market.costs
     while True:
         now = np.arange(len(choice)), list(choice)
         gain = values[now][:, None] - values
         room = target - market.size(choice) + MARGIN
         able = (gain > 0) & (costs - costs[now][:, None] <= room)
+        if also is not None:
+            taken, most = also
+            able &= taken - taken[now][:, None] <= most - total(taken, choice)
         for i, j in sorted(np.argwhere(able).tolist(), key=lambda place: -gain[place[0], place[1]]):
             changed = (*choice[:i], j, *choice[i + 1 :])
             if market.size(changed) <= target:

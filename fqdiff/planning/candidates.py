@@ -86,7 +86,7 @@ def make_options(
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
             kept: dict[Description, Option] = {}
-            for description, span in _ways(name, tensor, axes[name], ways):
+            for description, span in tensor_ways(name, tensor, axes[name], ways):
                 option = _option(
                     tensor, axes[name], description, span, ways.rounding, importance[name], weights.get(name)
                 )
@@ -99,7 +99,7 @@ def make_options(
     return found
 
 
-def _ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tuple[Description, str]]:
+def tensor_ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tuple[Description, str]]:
     """Every way of storing one parameter: its description, and the range."""
     shape = tuple(tensor.shape)
     if tensor.ndim < 2:
@@ -140,13 +140,16 @@ def _option(
         stored = option.stored(tensor, weight)
     except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
         return None
+    return replace(option, value=predicted_value(tensor, stored, axis, importance))
+
+
+def predicted_value(tensor: Tensor, stored: Tensor, axis: int, importance: Tensor) -> float:
+    """Sum of importance * (stored - tensor)^2; ``importance`` [1], [O] or of the parameter's shape."""
     if importance.shape == tensor.shape:
-        value = float((importance.double() * (stored.double() - tensor.double()).square()).sum())
-    else:
-        column = (tensor, stored) if tensor.ndim >= 2 else (tensor.reshape(-1, 1), stored.reshape(-1, 1))
-        squares = channel_errors(*column, axis if tensor.ndim >= 2 else 0)
-        value = float(importance.double() @ (squares if len(importance) == len(squares) else squares.sum().reshape(1)))
-    return replace(option, value=value)
+        return float((importance.double() * (stored.double() - tensor.double()).square()).sum())
+    column = (tensor, stored) if tensor.ndim >= 2 else (tensor.reshape(-1, 1), stored.reshape(-1, 1))
+    squares = channel_errors(*column, axis if tensor.ndim >= 2 else 0)
+    return float(importance.double() @ (squares if len(importance) == len(squares) else squares.sum().reshape(1)))
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,8 @@ class Market:
     model: Model
     options: Mapping[str, tuple[Option, ...]]
 
-    def _table(self, entry: Callable[[str, Option], float]) -> Array:
+    def table(self, entry: Callable[[str, Option], float]) -> Array:
+        """``entry`` of every option, float64 [M, F], infinite where a parameter has fewer options."""
         table = np.full((len(self.options), max(map(len, self.options.values()))), np.inf)
         for row, (name, options) in zip(table, self.options.items(), strict=True):
             row[: len(options)] = [entry(name, option) for option in options]
@@ -165,7 +169,7 @@ class Market:
     @cached_property
     def values(self) -> Array:
         """float64 [M, F], infinite where a parameter has fewer options."""
-        return self._table(lambda name, option: option.value)
+        return self.table(lambda name, option: option.value)
 
     @cached_property
     def costs(self) -> Array:
@@ -176,7 +180,7 @@ class Market:
         """
         largest = sum(max(option.bytes for option in options) for options in self.options.values())
         offset = 10 ** len(str(largest)) - 1
-        return self._table(lambda name, option: option.bytes + header_bytes(name, option.description, offset))
+        return self.table(lambda name, option: option.bytes + header_bytes(name, option.description, offset))
 
     def chosen(self, choice: Iterable[int]) -> dict[str, Option]:
         """The option that each parameter takes."""

@@ -152,10 +152,16 @@ class Measured:
     evaluations: int
 
 
-def make_plan(offer: Offer, config: PlanConfig, measured: Measured | None = None) -> Plan:
-    """The plan, every entry with what else it could have been; ``measured``: one that was found by running the network."""
+def make_plan(
+    offer: Offer, config: PlanConfig, measured: Measured | None = None, choice: budget.Choice | None = None
+) -> Plan:
+    """The plan, every entry with what else it could have been; ``measured``: one that was found by running the network.
+
+    ``choice``: one that was made already.
+    """
     target = target_bytes(config, offer.parameters)
-    choice = choose(offer, config, target) if measured is None else measured.found.choice
+    if choice is None:
+        choice = choose(offer, config, target) if measured is None else measured.found.choice
     table = offer.market.values if measured is None else measured.found.problem.table(choice.positions)
     entries = []
     for (name, options), j, row in zip(offer.market.options.items(), choice.positions, table, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fqdiff.diffusion.schedule import NoiseSchedule
 from fqdiff.errors import ConfigError, LineageError, NumericalError
+from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
 from fqdiff.sensitivity.predictions import at_timesteps, sampler_weights
 from fqdiff.values import FisherTable, WeightBin
@@ -47,8 +48,12 @@ def timestep_weights(name: str, schedule: NoiseSchedule) -> tuple[Tensor, Tensor
     return torch.arange(total), weights / weights.sum()
 
 
-def fisher_importance(table: FisherTable, weighting: str, schedule: NoiseSchedule, shapes: Shapes) -> dict[str, Tensor]:
+def fisher_importance(
+    table: FisherTable, weighting: str, schedule: NoiseSchedule, shapes: Shapes, phase: tuple[int, int] = (0, 1)
+) -> dict[str, Tensor]:
     """1/2 sum_t weight_t F_t,c of every parameter, float64 [O], or [1] from a table without channels.
+
+    ``phase`` (k, K): summed over phase k of K alone; the sums of all K add up to that of (0, 1).
 
     Between the table's timesteps, log F is taken for linear. From a table of single weights: shaped like the parameter, each
     bin's mean with the weight of its timesteps.
@@ -57,6 +62,8 @@ def fisher_importance(table: FisherTable, weighting: str, schedule: NoiseSchedul
         raise ConfigError("the trajectory table knows no loss by timestep", "use --score trajectory")
     check_parameters(table.entries.keys(), shapes)
     wanted, weights = timestep_weights(weighting, schedule)
+    inside = interval_of(wanted, phase[1], schedule.num_train_timesteps) == phase[0]
+    wanted, weights = wanted[inside], weights[inside]
     if table.weights:
         return checked(single_weights(table.weights, wanted, weights), shapes)
     if weighting.startswith("at:") and not (table.timesteps == wanted).any():

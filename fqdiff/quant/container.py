@@ -48,8 +48,11 @@ def stored_tensors(parameters: Mapping[str, Description]) -> dict[str, Stored]:
 
 def bytes_by_kind(parameter: Description) -> dict[str, int]:
     """Payload bytes of one parameter by kind: codes, scales, zero points, or kept in floating point."""
-    layout = part_layout(*parameter).items()
-    return {PART_KINDS[part]: dtype.itemsize * torch.Size(shape).numel() for part, (dtype, shape) in layout}
+    sizes: dict[str, int] = {}
+    for part, (dtype, shape) in part_layout(*parameter).items():
+        kind = PART_KINDS["codes" if part.startswith("plane") else part]
+        sizes[kind] = sizes.get(kind, 0) + dtype.itemsize * torch.Size(shape).numel()
+    return sizes
 
 
 def metadata(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Number formats as rows of a table, and granularities: how many weights share one scale."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,9 @@ from fqdiff.errors import ConfigError
 FLOAT16_SCALES = ":float16"
 FLOAT8_MAX = 448  # the largest e4m3; e5m2 has it too, and 24 powers of two below it, so that its scales are as moderate
 SYMMETRIC = "sym"  # how the names of integer formats without a zero point end
+PHASES = ":"  # before the bits of each phase
+MOST_PHASES = 4
+PHASE_BITS = re.compile(rf"[234568](/[234568]){{1,{MOST_PHASES - 1}}}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,9 @@ class Format:
     ``cast``: the number itself, in ``dtype``. ``float``: a number in ``dtype`` times a scale. ``integer`` and ``ternary``:
     an unsigned code of ``bits`` bits, bit-packed, with x ~ scale * (code - zero_point). ``codebook``: a code too, the position
     of the number in a list of 2^bits.
+
+    ``phase_bits``: of integers that are read with fewer bits in some phases of the timesteps, the bits of each phase, from
+    t = 0 on; ``bits`` is the largest of them (:mod:`fqdiff.quant.nested`).
     """
 
     name: str
@@ -26,6 +32,7 @@ class Format:
     bits: float
     dtype: torch.dtype = torch.uint8
     symmetric: bool = True
+    phase_bits: tuple[int, ...] = ()
 
     @property
     def is_cast(self) -> bool:
@@ -79,10 +86,20 @@ FORMATS = {
 
 
 def get_format(name: str) -> Format:
-    """The row called ``name``, or ConfigError."""
+    """The row called ``name``, or with phases: the row and the bits of each phase, ``int6:6/4/2/2``. Else ConfigError."""
+    base, _, bits = name.partition(PHASES)
+    if bits and base in FORMATS and PHASE_BITS.fullmatch(bits):
+        fmt, phase_bits = FORMATS[base], tuple(map(int, bits.split("/")))
+        if fmt.is_integer and max(phase_bits) == fmt.bits and len(set(phase_bits)) > 1:
+            return replace(fmt, name=name, phase_bits=phase_bits)
     if name not in FORMATS:
         raise ConfigError(f"unknown format '{name}'", f"one of: {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def with_phases(fmt: Format, phase_bits: tuple[int, ...]) -> Format:
+    """``fmt``, an integer format, with so many bits in each phase; the largest are its own, and they are not all equal."""
+    return get_format(fmt.name + PHASES + "/".join(map(str, phase_bits)))
 
 
 def without_zero_point(fmt: Format) -> Format:

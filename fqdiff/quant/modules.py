@@ -19,26 +19,30 @@ from fqdiff.quant.packed import PackedTensor, unpack_tensor
 class PackedParameter(nn.Module):
     """One parameter as it is stored; calling it gives its float32 values, without a gradient of their own.
 
-    The parts are buffers, and move with ``.to(device)``. With ``cache`` the values are kept from the first call on.
+    The parts are buffers, and move with ``.to(device)``. With ``cache`` the values are kept from the first call on, once for
+    each precision. ``phase`` tells which phase of the timesteps they are for, where its format has some.
     """
 
     def __init__(self, packed: PackedTensor, cache: bool) -> None:
         super().__init__()
         self.packed_as = packed.format, packed.granularity, packed.shape
         self.cache = cache
-        self.values: Tensor | None = None
+        self.phase: int | None = None
+        self.values: dict[float, Tensor] = {}  # by bits
         for name, part in packed.parts.items():
             self.register_buffer(name, part)
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     def forward(self) -> Tensor:
-        if self.values is not None:
-            return self.values
+        fmt = self.packed_as[0]
+        bits = fmt.bits if self.phase is None or not fmt.phase_bits else fmt.phase_bits[self.phase]
+        if bits in self.values:
+            return self.values[bits]
         # Cached values may be read outside of the inference mode that they were first read in.
         with torch.inference_mode(False), torch.no_grad():
-            values = unpack_tensor(PackedTensor(*self.packed_as, dict(self.named_buffers())))
+            values = unpack_tensor(PackedTensor(*self.packed_as, dict(self.named_buffers())), self.phase)
         if self.cache:
-            self.values = values
+            self.values[bits] = values
         return values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedParameter":
@@ -51,7 +55,7 @@ class PackedParameter(nn.Module):
                     "they give float32 values; move them with .to(device), and use torch.autocast for other arithmetic",
                 )
         self._buffers.update(moved)
-        self.values = None
+        self.values = {}
         return self
 
     def extra_repr(self) -> str:
@@ -61,7 +65,7 @@ class PackedParameter(nn.Module):
 
 def _forget(module: nn.Module, incompatible: object) -> None:
     assert isinstance(module, PackedParameter)
-    module.values = None
+    module.values = {}
 
 
 class PackedLayer(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from fqdiff.errors import QuantizationError
 from fqdiff.quant.codebooks import fit_codebook, looked_up, nearest_entry
 from fqdiff.quant.formats import Format, Granularity, PerTensor
+from fqdiff.quant.nested import bytes_read, interval_middles, plane_layout, split_codes
 from fqdiff.quant.packing import TRITS, pack, packed_bytes, unpack
 from fqdiff.quant.qparams import (
     QParams,
@@ -46,7 +47,8 @@ def part_layout(
     codes = (fmt.dtype, stream if fmt.is_packed else shape)
     if fmt.kind == "codebook":
         return {"codes": codes, "codebook": (granularity.scale_dtype, (groups, 2 ** int(fmt.bits)))}
-    layout = {"codes": codes, "scale": (granularity.scale_dtype, (groups,))}
+    planes = plane_layout(shape, fmt) if fmt.phase_bits else {"codes": codes}
+    layout = {**planes, "scale": (granularity.scale_dtype, (groups,))}
     if fmt.has_zero_points:
         layout["zero_point"] = (torch.uint8, (packed_bytes(groups, fmt.bits),))
     return layout
@@ -56,6 +58,12 @@ def stored_bytes(shape: tuple[int, ...], fmt: Format, granularity: Granularity) 
     """Payload bytes of a tensor of ``shape``: codes, scales, zero points and codebooks."""
     layout = part_layout(shape, fmt, granularity)
     return sum(dtype.itemsize * torch.Size(size).numel() for dtype, size in layout.values())
+
+
+def read_bytes(shape: tuple[int, ...], fmt: Format, granularity: Granularity) -> float:
+    """Payload bytes that a use of the tensor reads, averaged over phases: all that are stored, where there are none."""
+    layout = part_layout(shape, fmt, granularity)
+    return bytes_read({part: dtype.itemsize * torch.Size(size).numel() for part, (dtype, size) in layout.items()}, fmt)
 
 
 def pack_tensor(
@@ -83,10 +91,9 @@ def pack_tensor(
         return _pack_by_codebook(x, fmt, granularity, weight if span == FISHER else None)
     qparams = fitted_qparams(x, fmt, granularity, span, weight)
     codes = rounded(x, qparams, fmt, granularity, rounding)
-    parts = {
-        "codes": pack(codes, fmt.bits) if fmt.is_packed else codes,
-        "scale": qparams.scale.to(granularity.scale_dtype),
-    }
+    whole = pack(codes, fmt.bits) if fmt.is_packed else codes
+    planes = split_codes(codes, fmt) if fmt.phase_bits else {"codes": whole}
+    parts = {**planes, "scale": qparams.scale.to(granularity.scale_dtype)}
     if fmt.has_zero_points:
         parts["zero_point"] = pack(qparams.zero_point, fmt.bits)
     return PackedTensor(fmt, granularity, shape, parts)
@@ -133,8 +140,11 @@ def check_values(packed: PackedTensor) -> None:
         raise QuantizationError(f"codes of a {fmt.name} tensor that are no numbers")
 
 
-def unpack_tensor(packed: PackedTensor) -> Tensor:
-    """The float32 values that ``packed`` stands for; the parts are checked against the layout first."""
+def unpack_tensor(packed: PackedTensor, phase: int | None = None) -> Tensor:
+    """The float32 values that ``packed`` stands for; the parts are checked against the layout first.
+
+    With a ``phase``, those that it stands for in this phase of the timesteps; else with all bits.
+    """
     check_layout(packed)
     fmt, parts = packed.format, packed.parts
     if fmt.is_cast:
@@ -147,5 +157,9 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
         zero_point = unpack(parts["zero_point"], fmt.bits, (len(scale),))
     else:
         zero_point = fixed_zero_point(fmt, len(scale), scale.device)
-    codes = unpack(parts["codes"], fmt.bits, packed.shape) if fmt.is_packed else parts["codes"]
+    if fmt.phase_bits:
+        bits = int(fmt.bits) if phase is None else fmt.phase_bits[phase]
+        codes = interval_middles(parts, fmt, bits, packed.shape)
+    else:
+        codes = unpack(parts["codes"], fmt.bits, packed.shape) if fmt.is_packed else parts["codes"]
     return dequantize(codes, QParams(scale, zero_point), packed.granularity)

@@ -14,6 +14,7 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
+from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import find_measured, make_offer, make_plan
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import Format, PerTensor, get_format, parse_granularity, without_zero_point
@@ -44,6 +45,9 @@ def plan(
     """
     if config.strategy == "budget":
         offer = make_offer(checkpoint, fisher, config, seed, context)
+        if config.phases > 1:
+            assert fisher is not None
+            return make_phased_plan(checkpoint, fisher, offer, config, context)
         if not config.is_measured:
             return make_plan(offer, config)
         return make_plan(offer, config, find_measured(checkpoint, fisher, dataset, offer, config, seed, context))

@@ -7,7 +7,7 @@ from torch import Tensor
 from fqdiff.calibration.bias import correct_bias
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
-from fqdiff.errors import LineageError
+from fqdiff.errors import ConfigError, LineageError
 from fqdiff.planning.scores import fisher_importance
 from fqdiff.quant.formats import get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
@@ -25,9 +25,14 @@ def quantize(
     """``checkpoint`` packed as ``plan`` says, to the byte; timestep biases, where asked for, come on top.
 
     ``fisher`` is the plan's own table, where it fits ranges to it. Biases are corrected on calibration inputs drawn with
-    ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is missing,
-    QuantizationError on NaN or overflow.
+    ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is missing, ConfigError for
+    biases to correct with phases, QuantizationError on NaN or overflow.
     """
+    if config.bias_correction != "none" and any(get_format(e.format).phase_bits for e in plan.entries):
+        raise ConfigError(
+            "the means that biases correct differ from phase to phase",
+            "leave --bias-correction out, or plan without phases",
+        )
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")

@@ -14,8 +14,9 @@ from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
-from fqdiff.quant.formats import PerTensor, get_format, parse_granularity
-from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, stored_bytes
+from fqdiff.quant.formats import MOST_PHASES, PerTensor, get_format, parse_granularity
+from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, read_bytes, stored_bytes
+from fqdiff.quant.phases import phase_count
 from fqdiff.quant.timestep_bias import SUFFIX as TIMESTEP_BIAS
 from fqdiff.quant.timestep_bias import check_tables
 from fqdiff.store.fields import count, items, mapping, number, record, tensor_shape, text
@@ -29,6 +30,7 @@ from fqdiff.values import (
     Dataset,
     FidResult,
     ModelSpec,
+    Phases,
     Plan,
     PlanEntry,
     QuantizedCheckpoint,
@@ -157,6 +159,7 @@ def save_plan(value: Plan, directory: Path) -> None:
     totals = {"file_bytes": value.file_bytes, "parameters": value.parameters, "bits_per_weight": value.bits_per_weight}
     budget = asdict(value.budget) if value.budget is not None else None
     head = {"schema": PLAN_SCHEMA, "strategy": value.strategy, "totals": totals, "budget": budget}
+    head |= {"phases": asdict(value.phases)} if value.phases is not None else {}
     # One line per entry: what was considered stays on it, and a large model's plan within what is read as JSON.
     lines = ",\n".join(json.dumps(asdict(e), allow_nan=False) for e in value.entries)
     content = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + f',\n "entries": [\n{lines}\n]}}\n'
@@ -176,13 +179,30 @@ def load_plan(directory: Path) -> Plan:
             raise ValueError(f"schema {str(data['schema'])[:20]}; this fqdiff reads schema {PLAN_SCHEMA}")
         entries = tuple(_plan_entry(e) for e in items(data["entries"]))
         budget = record(Budget, data["budget"]) if data["budget"] is not None else None
-        value = Plan(text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]), budget)
+        phases = record(Phases, data["phases"]) if "phases" in data else None
+        value = Plan(text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]), budget, phases)
         if not entries or len({e.parameter for e in entries}) < len(entries):
             raise ValueError("it has no entries, or several for one parameter")
         if value.file_bytes < sum(e.bytes for e in entries):
             raise ValueError(f"its file of {value.file_bytes} bytes is smaller than its entries")
         _check_budget(budget, value)
+        _check_phases(value)
         return value
+
+
+def _check_phases(plan: Plan) -> None:
+    described = [(e.shape, get_format(e.format), parse_granularity(e.granularity)) for e in plan.entries]
+    counts = {len(fmt.phase_bits) for _, fmt, _ in described if fmt.phase_bits}
+    facts = plan.phases
+    if facts is None and not counts:
+        return
+    if facts is None or plan.budget is None or not counts <= {facts.count} or not 1 < facts.count <= MOST_PHASES:
+        raise ValueError(f"its tensors have {sorted(counts)} phases, and it speaks of {facts and facts.count}")
+    read = sum(read_bytes(*each) for each in described)
+    if abs(read - facts.read_bytes) > 1e-6 * read or (facts.traffic_bytes is not None and read > facts.traffic_bytes):
+        raise ValueError(f"a timestep reads {read:.0f} bytes; it says {facts.read_bytes:.0f}, or they are too many")
+    if facts.single_predicted < 0:
+        raise ValueError("it predicts something less than 0")
 
 
 def _check_budget(budget: Budget | None, plan: Plan) -> None:
@@ -263,6 +283,7 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
             fmt = get_format(casts[tensor.dtype])
             packed[name] = PackedTensor(fmt, PerTensor(), tuple(tensor.shape), {"data": tensor})
         spec = _model_spec(meta, {name: p.shape for name, p in packed.items()})
+        phase_count((p.format for p in packed.values()), spec.noise_schedule().num_train_timesteps)
         check_tables(build(spec.architecture, "meta"), tables, spec.noise_schedule().num_train_timesteps)
         return QuantizedCheckpoint(spec, packed, tables)
 
