@@ -16,7 +16,8 @@ from fqdiff.context import Context
 from fqdiff.errors import QuantizationError
 from fqdiff.planning.knapsack import Array, lower_hull
 from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
-from fqdiff.quant.formats import Format, PerGroup, PerTensor, get_format
+from fqdiff.quant.elements import BY_RISE, choose_kept, largest, rise
+from fqdiff.quant.formats import Format, Granularity, PerElement, PerGroup, PerTensor, get_format
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.quant.ranges import FISHER, MIN_MAX
@@ -24,6 +25,8 @@ from fqdiff.quant.rounding import NEAREST
 from fqdiff.sensitivity.candidates import channel_errors
 
 FLOATS = ("float32", "float16")  # what biases and norms may take
+KEPT_IN = "float16"
+KEPT_SHARES = (0.005, 0.01, 0.02, 0.05)  # of a tensor's elements
 Importance = Mapping[str, Tensor]
 Model = Mapping[str, object]
 
@@ -32,7 +35,8 @@ Model = Mapping[str, object]
 class Ways:
     """What there is to choose from: ``formats``, each with every one of ``granularities`` and ``ranges`` that it can have.
 
-    ``granularities`` as in a plan's settings, such as "channel" and "group-near:64"; ``scale``: what scales are stored in.
+    ``granularities`` as in a plan's settings, such as "channel" and "group-near:64"; ``scale``: what scales are stored in;
+    ``kept_shares``: of each tensor's elements, kept in float16.
     """
 
     formats: tuple[str, ...]
@@ -40,6 +44,7 @@ class Ways:
     ranges: tuple[str, ...] = (MIN_MAX,)
     scale: str = "float32"
     rounding: str = NEAREST
+    kept_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,15 @@ class Option:
         """Name of the format."""
         return self.description[1].name
 
-    def stored(self, tensor: Tensor, weight: Tensor | None) -> Tensor:
-        """``tensor`` as it would be read back, float32; ``weight`` are the Fisher values of its elements, if known."""
+    def stored(self, tensor: Tensor, weight: Tensor | None, kept: Tensor | None = None) -> Tensor:
+        """``tensor`` as it would be read back, float32; ``weight`` are the Fisher values of its elements, if known.
+
+        ``kept``: which elements are kept, where the caller knows.
+        """
         _, fmt, granularity = self.description
-        return unpack_tensor(pack_tensor(tensor, fmt, granularity, self.span, self.rounding, weight))
+        if kept is None:
+            kept = choose_kept(tensor, fmt, granularity, weight, BY_RISE)
+        return unpack_tensor(pack_tensor(tensor, fmt, granularity, self.span, self.rounding, weight, kept))
 
 
 def make_options(
@@ -85,16 +95,21 @@ def make_options(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
-            kept: dict[Description, Option] = {}
+            best: dict[Description, Option] = {}
+            rises: dict[tuple[Format, Granularity], Tensor] = {}
             for description, span in _ways(name, tensor, axes[name], ways):
-                option = _option(
-                    tensor, axes[name], description, span, ways.rounding, importance[name], weights.get(name)
-                )
-                if option is not None and (description not in kept or option.value < kept[description].value):
-                    kept[description] = option
-            if not kept:
+                option = Option(description, span, ways.rounding, stored_bytes(*description), 0.0)
+                try:
+                    kept = _kept(tensor, description, weights.get(name), rises)
+                    stored = option.stored(tensor, weights.get(name), kept)
+                except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
+                    continue
+                option = replace(option, value=_value(tensor, stored, axes[name], importance[name]))
+                if description not in best or option.value < best[description].value:
+                    best[description] = option
+            if not best:
                 raise QuantizationError(f"'{name}' can be stored in none of {', '.join(ways.formats)}", "add float32")
-            found[name] = tuple(kept.values())
+            found[name] = tuple(best.values())
             bar.update()
     return found
 
@@ -116,7 +131,27 @@ def _ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tuple[De
             if fmt.kind != "codebook" or not isinstance(
                 grain, PerGroup
             ):  # a list for every group costs more than it saves
-                yield from (((shape, fmt, grain), span) for span in _ranges(fmt, ways.ranges))
+                for each in (grain, *_with_kept(tensor, fmt, grain, ways.kept_shares)):
+                    yield from (((shape, fmt, each), span) for span in _ranges(fmt, ways.ranges))
+
+
+def _with_kept(tensor: Tensor, fmt: Format, grain: Granularity, shares: Sequence[float]) -> list[PerElement]:
+    """``grain`` with every number of kept elements that is one, and not all."""
+    counts = dict.fromkeys(round(share * tensor.numel()) for share in shares if fmt.is_packed)
+    return [PerElement(count, KEPT_IN, grain) for count in counts if 0 < count < tensor.numel()]
+
+
+def _kept(
+    tensor: Tensor, description: Description, weight: Tensor | None, rises: dict[tuple[Format, Granularity], Tensor]
+) -> Tensor | None:
+    """As :func:`choose_kept` by rise, which is looked up in ``rises``, or noted there: it is the same for every number."""
+    _, fmt, granularity = description
+    if not isinstance(granularity, PerElement) or weight is None:
+        return None
+    key = (fmt, granularity.scales)
+    if key not in rises:
+        rises[key] = rise(tensor, fmt, granularity, weight)
+    return largest(rises[key], granularity.count)
 
 
 def _ranges(fmt: Format, ranges: Sequence[str]) -> tuple[str, ...]:
@@ -126,27 +161,13 @@ def _ranges(fmt: Format, ranges: Sequence[str]) -> tuple[str, ...]:
     return (FISHER,) if FISHER in ranges and fmt.kind in ("ternary", "codebook") else (MIN_MAX,)
 
 
-def _option(
-    tensor: Tensor,
-    axis: int,
-    description: Description,
-    span: str,
-    rounding: str,
-    importance: Tensor,
-    weight: Tensor | None,
-) -> Option | None:
-    option = Option(description, span, rounding, stored_bytes(*description), 0.0)
-    try:
-        stored = option.stored(tensor, weight)
-    except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
-        return None
+def _value(tensor: Tensor, stored: Tensor, axis: int, importance: Tensor) -> float:
+    """Sum of importance * error^2."""
     if importance.shape == tensor.shape:
-        value = float((importance.double() * (stored.double() - tensor.double()).square()).sum())
-    else:
-        column = (tensor, stored) if tensor.ndim >= 2 else (tensor.reshape(-1, 1), stored.reshape(-1, 1))
-        squares = channel_errors(*column, axis if tensor.ndim >= 2 else 0)
-        value = float(importance.double() @ (squares if len(importance) == len(squares) else squares.sum().reshape(1)))
-    return replace(option, value=value)
+        return float((importance.double() * (stored.double() - tensor.double()).square()).sum())
+    column = (tensor, stored) if tensor.ndim >= 2 else (tensor.reshape(-1, 1), stored.reshape(-1, 1))
+    squares = channel_errors(*column, axis if tensor.ndim >= 2 else 0)
+    return float(importance.double() @ (squares if len(importance) == len(squares) else squares.sum().reshape(1)))
 
 
 @dataclass(frozen=True)
