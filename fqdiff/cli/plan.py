@@ -31,7 +31,7 @@ CALIBRATION = {"predictor", "refine", "calibration_timesteps", "calibration_samp
 READS_BUDGET = {"score", "timestep_weights", "formats", "ends"} | CALIBRATION
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
-    "threshold": READS_FISHER,
+    "threshold": READS_FISHER | {"lower_thresholds"},
     "ratio": READS_FISHER,
     "mean_std": READS_FISHER,
     "uniform": set(),

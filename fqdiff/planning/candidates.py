@@ -16,7 +16,7 @@ from fqdiff.context import Context
 from fqdiff.errors import QuantizationError
 from fqdiff.planning.knapsack import Array, lower_hull
 from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
-from fqdiff.quant.elements import BY_RISE, choose_kept, largest, rise
+from fqdiff.quant.elements import BY_RISE, choose_kept
 from fqdiff.quant.formats import Format, Granularity, PerElement, PerGroup, PerTensor, get_format
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
@@ -27,6 +27,7 @@ from fqdiff.sensitivity.candidates import channel_errors
 FLOATS = ("float32", "float16")  # what biases and norms may take
 KEPT_IN = "float16"
 KEPT_SHARES = (0.005, 0.01, 0.02, 0.05)  # of a tensor's elements
+KEPT_UP_TO = 4  # bits of the others: above that errors are so small that an element of 16 bits buys nothing
 Importance = Mapping[str, Tensor]
 Model = Mapping[str, object]
 
@@ -96,12 +97,13 @@ def make_options(
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
             best: dict[Description, Option] = {}
-            rises: dict[tuple[Format, Granularity], Tensor] = {}
+            chosen: dict[Description, Tensor | None] = {}  # kept elements: the same for all ranges
             for description, span in _ways(name, tensor, axes[name], ways):
                 option = Option(description, span, ways.rounding, stored_bytes(*description), 0.0)
                 try:
-                    kept = _kept(tensor, description, weights.get(name), rises)
-                    stored = option.stored(tensor, weights.get(name), kept)
+                    if description not in chosen:
+                        chosen[description] = choose_kept(tensor, *description[1:], weights.get(name), BY_RISE)
+                    stored = option.stored(tensor, weights.get(name), chosen[description])
                 except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
                     continue
                 option = replace(option, value=_value(tensor, stored, axes[name], importance[name]))
@@ -137,21 +139,10 @@ def _ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tuple[De
 
 def _with_kept(tensor: Tensor, fmt: Format, grain: Granularity, shares: Sequence[float]) -> list[PerElement]:
     """``grain`` with every number of kept elements that is one, and not all."""
-    counts = dict.fromkeys(round(share * tensor.numel()) for share in shares if fmt.is_packed)
+    if fmt.bits > KEPT_UP_TO:
+        return []
+    counts = dict.fromkeys(round(share * tensor.numel()) for share in shares)
     return [PerElement(count, KEPT_IN, grain) for count in counts if 0 < count < tensor.numel()]
-
-
-def _kept(
-    tensor: Tensor, description: Description, weight: Tensor | None, rises: dict[tuple[Format, Granularity], Tensor]
-) -> Tensor | None:
-    """As :func:`choose_kept` by rise, which is looked up in ``rises``, or noted there: it is the same for every number."""
-    _, fmt, granularity = description
-    if not isinstance(granularity, PerElement) or weight is None:
-        return None
-    key = (fmt, granularity.scales)
-    if key not in rises:
-        rises[key] = rise(tensor, fmt, granularity, weight)
-    return largest(rises[key], granularity.count)
 
 
 def _ranges(fmt: Format, ranges: Sequence[str]) -> tuple[str, ...]:
