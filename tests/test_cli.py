@@ -296,7 +296,7 @@ def test_kept_elements_are_counted_to_the_byte(store: Path, tmp_path: Path) -> N
     assert "kept elements" in call(own, "size", str(made["id"])).stdout
     assert "single elements stay float16" in call(own, "plan", table, *rule, "--granularity", "element").stdout
     assert "element:" in call(own, "plan", "show", str(planned["id"])).stdout
-    good(own, "plan", table, "--target-bpw", "8", "--granularity", "channel,element")
+    good(own, "plan", table, "--target-bpw", "8", "--granularity", "channel,element", "--formats", "float16,int3")
 
 
 def test_sizes_for_people_end_with_the_header_and_the_file(store: Path) -> None:

@@ -32,6 +32,7 @@ from tests.test_quant import read_with_numpy
 
 GRAINS = ("tensor", "channel:1", "channel:0:float16", "group:6:0")
 NAME = "block1.res1.conv1.weight"
+FEW = ("float32", "float16", "int8", "int4", "int3")
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +304,7 @@ def test_a_budget_keeps_elements_where_that_is_predicted_less(
             tensor.view(-1)[places] *= 30
     model = replace(checkpoint, tensors=tensors)
     plain, mixed = (
-        make(model, weight_table, strategy="budget", target_bpw=8.0, granularity=g, scale="float16")
+        make(model, weight_table, strategy="budget", target_bpw=8.0, granularity=g, scale="float16", formats=FEW)
         for g in ("channel", "channel,element")
     )
     assert plain.budget is not None
