@@ -6,6 +6,7 @@ A field is a recipe field: changing it changes the artifact's id. Where to compu
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from fqdiff.errors import ConfigError, require
@@ -132,6 +133,7 @@ class FisherConfig:
 
 
 SCALES = ("float32", "float16")
+ELEMENT = "element"
 GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
 TARGETS = ("target_bpw", "target_bytes", "max_loss_increase")
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
@@ -153,9 +155,13 @@ FITTED = (
 class PlanConfig:
     """How a precision is chosen for every parameter. One strategy, and the settings that it reads.
 
-    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE, of a budget several with commas; ``scale``: what scales are
+    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE, of a budget several with commas; element among them lets
+    single elements be kept in another format; ``scale``: what scales are
     stored in; ``symmetric``: integers without zero points; ``ranges``: what the codes of integers span, of a budget several,
     empty for the default; ``rounding``: how codes are chosen.
+
+    Rules put a tensor into ``low`` below its threshold, else into ``high``, or into one of the formats of ``ladder``, widest
+    first. A ladder's next thresholds are ``ladder_step`` times smaller each, or ``lower_thresholds``, for ``threshold`` alone.
 
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
     kept small, ``formats`` what there is to choose from, empty for the default, and ``ends`` the format of stem and head, empty
@@ -174,6 +180,9 @@ class PlanConfig:
     at: str = "1"
     low: str = "float16"
     high: str = "float32"
+    ladder: tuple[str, ...] = ()
+    ladder_step: float = 10.0
+    lower_thresholds: tuple[float, ...] = ()
     granularity: str = "channel"
     scale: str = "float32"
     symmetric: bool = False
@@ -212,29 +221,90 @@ class PlanConfig:
         )
         for granularity in self.granularity.split(","):
             require(
-                granularity in ("tensor", "channel") or GROUPS.fullmatch(granularity) is not None,
+                granularity in ("tensor", "channel", ELEMENT) or GROUPS.fullmatch(granularity) is not None,
                 f"unknown granularity '{granularity}'",
-                "tensor, channel, group:SIZE such as group:32, or group-near:SIZE",
+                "tensor, channel, group:SIZE such as group:32, group-near:SIZE, or element",
             )
         for name in self.ranges:
             require(name in RANGES, f"unknown range '{name}'", f"one of: {', '.join(RANGES)}")
         require(self.rounding in ROUNDINGS, f"unknown rounding '{self.rounding}'", f"one of: {', '.join(ROUNDINGS)}")
         require(
-            self.strategy == "budget" or (len(self.ranges) < 2 and "," not in self.granularity),
+            self.strategy == "budget" or (len(self.ranges) < 2 and len(self.scale_granularities) < 2),
             "several ranges or granularities to choose from, without a budget",
             "give one, or add --target-bpw",
         )
         for name in (*self.formats, self.ends, self.low, self.high):
             require(":" not in name, f"format {name} for all", "--phases 4 chooses bits by phase; give e.g. int6")
         require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
+        self._check_elements()
+        self._check_ladder()
         self._check_budget()
+
+    def _check_elements(self) -> None:
+        if not self.by_element:
+            return
+        require(
+            self.strategy != "uniform" and self.score != "uniform",
+            "granularity element with one format for all",
+            "element keeps some elements in another: use --threshold, --groups, --ratio, --mean-std or a budget",
+        )
+        require(self.rounding != "squant", "squant counts the errors of kept elements, which have none", "use nearest")
+        require(
+            len(self.formats_by_rank) == 2,
+            f"elements of {len(self.formats_by_rank)} formats in one tensor",
+            "a ladder of two, or leave element out",
+        )
+
+    def _check_ladder(self) -> None:
+        if not self.ladder:
+            for name in ("ladder_step", "lower_thresholds"):
+                require(getattr(self, name) == getattr(PlanConfig, name), f"{name} without a ladder", "add --ladder")
+            return
+        require(self.strategy != "uniform", "strategy 'uniform' has no use for ladder", "leave it out")
+        require(
+            len(set(self.ladder)) == len(self.ladder) >= 2,
+            f"ladder {','.join(self.ladder)}",
+            "two formats or more, each once, e.g. float16,int8,int4",
+        )
+        require(
+            (self.low, self.high) == (PlanConfig.low, PlanConfig.high),
+            "a ladder beside low and high",
+            "give one of them",
+        )
+        require(1 < self.ladder_step < 1e30, f"ladder_step is {self.ladder_step}", "use more than 1, e.g. 10")
+        if not self.lower_thresholds:
+            require(
+                len(self.ladder) > 2 or self.ladder_step == PlanConfig.ladder_step,
+                "ladder_step says nothing about a ladder of two",
+                "leave it out",
+            )
+            return
+        given = (self.threshold, *self.lower_thresholds)
+        require(
+            self.strategy == "threshold",
+            f"strategy '{self.strategy}' has no use for lower_thresholds",
+            "its next thresholds go by --ladder-step",
+        )
+        require(
+            len(given) == len(self.ladder) - 1,
+            f"{len(given)} thresholds for {len(self.ladder)} formats",
+            f"{len(self.ladder) - 1} of them, or one, and --ladder-step",
+        )
+        require(
+            all(a > b >= 0 for a, b in pairwise(given)),
+            f"thresholds {', '.join(f'{t:g}' for t in given)}",
+            "each smaller than the one before",
+        )
+        require(
+            self.ladder_step == PlanConfig.ladder_step, "ladder_step beside all thresholds", "leave one of them out"
+        )
 
     def _check_budget(self) -> None:
         calibration = ("calibration_timesteps", "calibration_samples")
         of_phases = ("phases", "traffic_bpw")
         scored = ("score", "timestep_weights", "formats", "ends", "predictor", "refine")
         of_budget: tuple[str, ...] = (*TARGETS, *scored, *calibration, *of_phases)
-        of_rules = ("groups", "thresholds", "threshold", "ratio", "mean_std", "at", "low", "high")
+        of_rules = ("groups", "thresholds", "threshold", "ratio", "mean_std", "at", "low", "high", "ladder")
         foreign = of_rules if self.strategy == "budget" else of_budget
         changed = [name for name in foreign if getattr(self, name) != getattr(PlanConfig, name)]
         require(not changed, f"strategy '{self.strategy}' has no use for {', '.join(changed)}", "leave it out")
@@ -311,10 +381,26 @@ class PlanConfig:
             f"score '{self.score}' with timestep_weights '{self.timestep_weights}' does not tell phases apart",
             "use --score fisher, with weights of all timesteps",
         )
+        require(not self.by_element, "kept elements know no phases", "leave element out of --granularity, or phases")
         require(not self.is_measured, "predictor gram and refine know no phases", "leave them out, or phases")
         require(
             "max_loss_increase" not in targets, "phases for a limit on the rise", "give --target-bpw or --target-size"
         )
+
+    @property
+    def by_element(self) -> bool:
+        """Whether single elements may be kept in another format than their tensor."""
+        return ELEMENT in self.granularity.split(",")
+
+    @property
+    def scale_granularities(self) -> tuple[str, ...]:
+        """Which weights may share a scale; with nothing but elements asked for, those of a channel."""
+        return tuple(g for g in self.granularity.split(",") if g != ELEMENT) or (PlanConfig.granularity,)
+
+    @property
+    def formats_by_rank(self) -> tuple[str, ...]:
+        """Formats of the rules, widest first."""
+        return self.ladder or (self.high, self.low)
 
     @property
     def is_measured(self) -> bool:

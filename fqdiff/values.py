@@ -17,7 +17,8 @@ from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.models.registry import build
 from fqdiff.quant.container import Description
-from fqdiff.quant.formats import PerTensor, get_format
+from fqdiff.quant.elements import BY_FISHER, BY_RISE
+from fqdiff.quant.formats import PerElement, PerTensor, get_format, parse_granularity
 from fqdiff.quant.modules import hold_packed
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
 from fqdiff.quant.phases import phase_count, use_phases
@@ -334,18 +335,27 @@ class Phases:
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry per parameter, kept ones included. ``file_bytes`` is the size of the file that ``quantize`` writes."""
+    """One entry per parameter, kept ones included. ``file_bytes`` is the size of the file that ``quantize`` writes.
+
+    ``timestep_weights``: how timesteps count in the Fisher values of single weights, where no budget says so.
+    """
 
     strategy: str
     entries: tuple[PlanEntry, ...]
     file_bytes: int
     budget: Budget | None = None
     phases: Phases | None = None
+    timestep_weights: str = "uniform"
 
     @property
     def fits_fisher(self) -> bool:
         """Whether carrying it out takes the Fisher values of single weights."""
-        return any(e.range == FISHER for e in self.entries)
+        return any(e.range == FISHER or isinstance(parse_granularity(e.granularity), PerElement) for e in self.entries)
+
+    @property
+    def kept_by(self) -> str:
+        """What chooses single elements that are kept: rules by Fisher value, budgets by predicted rise."""
+        return BY_FISHER if self.budget is None else BY_RISE
 
     @property
     def parameters(self) -> int:

@@ -250,6 +250,7 @@ def test_granularity_scale_dtype_and_symmetry_reach_the_file(store: Path, tmp_pa
         ["--uniform", "ternary", "--granularity", "group-near:32", "--scale", "float16"],
         ["--ratio", "0.5", "--low", "int3", "--high", "float8_e4m3", "--symmetric"],
         ["--groups", "12/345/6", "--low", "bfloat16"],
+        ["--threshold", "0.01,0.001,0.0001", "--ladder", "float16,int8,int4,int2"],
     ],
 )
 def test_the_sizes_by_block_tensor_and_kind_add_up_to_the_file(store: Path, planning: list[str] | None) -> None:
@@ -275,6 +276,27 @@ def test_the_sizes_by_block_tensor_and_kind_add_up_to_the_file(store: Path, plan
             begin, end = listed.pop(row["tensor"] + ending, (0, 0))
             assert row[kind] == end - begin
     assert not listed
+
+
+def test_kept_elements_are_counted_to_the_byte(store: Path, tmp_path: Path) -> None:
+    own = tmp_path / "store"
+    shutil.copytree(store, own)
+    table = str(
+        good(own, "fisher", "tiny-fp32", "--timesteps", "10", "--samples", "2", "--granularity", "weight")["id"]
+    )
+    rule = ("--ratio", "0.03", "--at", "mean", "--low", "int3", "--high", "float16")
+    planned: Any = good(own, "plan", table, *rule, "--granularity", "element")
+    assert 0 < sum(row["weights_low"] for row in planned["blocks"]) < sum(row["weights"] for row in planned["blocks"])
+    made = good(own, "quantize", str(planned["id"]))
+    assert made["file_bytes"] == made["promised_bytes"] == planned["file_bytes"]
+    found: Any = good(own, "size", str(made["id"]))
+    assert found["file_bytes"] == Path(found["file"]).stat().st_size == sum(found["kinds"].values())
+    assert found["kinds"]["index"] > 0
+    assert found["kinds"]["kept_elements"] > 0
+    assert "kept elements" in call(own, "size", str(made["id"])).stdout
+    assert "single elements stay float16" in call(own, "plan", table, *rule, "--granularity", "element").stdout
+    assert "element:" in call(own, "plan", "show", str(planned["id"])).stdout
+    good(own, "plan", table, "--target-bpw", "8", "--granularity", "channel,element", "--formats", "float16,int3")
 
 
 def test_sizes_for_people_end_with_the_header_and_the_file(store: Path) -> None:
@@ -436,6 +458,10 @@ def test_progress_shows_loss_rate_and_time_left_on_a_terminal_only(tmp_path: Pat
         (["plan", "--uniform", "int8", "--at", "5"], "has no use for at"),
         (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for thresholds"),
         (["plan", "--thresholds", "1/2"], "2 thresholds for 3 groups"),
+        (["plan", "--threshold", "a,b"], "threshold 'a,b' is no number"),
+        (["plan", "--threshold", "3,2"], "lower_thresholds without a ladder"),
+        (["plan", "--uniform", "int4", "--granularity", "element"], "one format for all"),
+        (["plan", "--low", "int4", "--granularity", "element"], "granularity element needs those of single weights"),
         (["plan", "--symmetric"], "symmetric says nothing about float16 and float32"),
         (["plan", "--uniform", "int4", "--granularity", "group:5"], "groups of 5 do not divide the 36 weights"),
         (["plan", "--uniform", "int9"], "unknown format 'int9'"),

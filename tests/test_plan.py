@@ -122,11 +122,12 @@ def test_the_ratio_keeps_the_tensors_with_the_highest_values(
 def test_the_mean_std_rule_is_the_published_formula() -> None:
     scores = {f"w{i}": v for i, v in enumerate([1.0, 2.0, 6.0])} | {f"x{b}": 1.0 for b in range(2, 7)}
     blocks = {name: ("1" if name[0] == "w" else name[1]) for name in scores}
-    rules = mean_minus_deviations(scores, blocks, PlanConfig("mean-std", mean_std=0.5))
+    values = {name: torch.tensor([score], dtype=torch.float64) for name, score in scores.items()}
+    rules = mean_minus_deviations(values, blocks, PlanConfig("mean-std", mean_std=0.5))
     mean, std = 3.0, (14 / 3) ** 0.5
-    assert rules["w0"][0] == pytest.approx(mean - 0.5 * mean / std * std)
-    loose = mean_minus_deviations(scores, blocks, PlanConfig("mean-std", mean_std=100.0))
-    assert loose["w0"][0] == pytest.approx(mean - 2.0 * std)
+    assert rules["w0"][0][0] == pytest.approx(mean - 0.5 * mean / std * std)
+    loose = mean_minus_deviations(values, blocks, PlanConfig("mean-std", mean_std=100.0))
+    assert loose["w0"][0][0] == pytest.approx(mean - 2.0 * std)
 
 
 def test_a_single_threshold_rules_every_block(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
@@ -270,3 +271,84 @@ def test_nan_weights_are_refused_when_quantizing(checkpoint: Checkpoint) -> None
     }
     with pytest.raises(QuantizationError, match="NaN"):
         quantize(replace(checkpoint, tensors=broken), made, None, QuantizeConfig(), 0, Context())
+
+
+# --- ladders ---------------------------------------------------------------------------------------------------------
+
+FOUR = ("float16", "int8", "int4", "int2")
+PAPERS_RULES = ({}, {"strategy": "ratio"}, {"strategy": "mean-std"}, {"strategy": "threshold", "threshold": 1e-3})
+
+
+@pytest.mark.parametrize("rule", PAPERS_RULES)
+def test_a_ladder_of_two_is_high_and_low(
+    checkpoint: Checkpoint, fisher_table: FisherTable, rule: dict[str, object]
+) -> None:
+    ladder = make(checkpoint, fisher_table, PlanConfig(**rule, ladder=("int8", "int4")))  # type: ignore[arg-type]
+    assert ladder == make(checkpoint, fisher_table, PlanConfig(**rule, high="int8", low="int4"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", PAPERS_RULES)
+def test_the_next_thresholds_of_a_ladder_are_steps_below_the_first(
+    checkpoint: Checkpoint, fisher_table: FisherTable, rule: dict[str, object]
+) -> None:
+    """Rejects thresholds in the wrong order, and a value on a threshold that falls below it."""
+    made = make(checkpoint, fisher_table, PlanConfig(**rule, ladder=FOUR, ladder_step=4.0))  # type: ignore[arg-type]
+    ruled = [e for e in made.entries if e.threshold is not None]
+    assert len(ruled) > 20
+    for e in ruled:
+        assert e.score is not None
+        assert e.threshold is not None
+        rungs = [e.score >= e.threshold, e.score >= e.threshold / 4, e.score >= e.threshold / 16, True]
+        assert e.format == FOUR[rungs.index(True)]
+        assert e.rule.endswith("each next threshold 4 times smaller")
+    assert len({e.format for e in ruled}) > 2
+    assert set(weights(made, "stem").values()) == {"float16"}
+
+
+def test_all_thresholds_of_a_ladder_can_be_given(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    scores = sorted(read_scores(fisher_table, "1").values(), reverse=True)
+    first, second, third = scores[10], scores[25], scores[40]
+    config = PlanConfig("threshold", threshold=first, lower_thresholds=(second, third), ladder=FOUR)
+    for e in make(checkpoint, fisher_table, config).entries:
+        if e.threshold is not None:
+            assert e.score is not None
+            assert e.format == FOUR[sum(e.score < t for t in (first, second, third))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ladder": ("int8",)}, "ladder int8"),
+        ({"ladder": ("int8", "int8")}, "ladder int8,int8"),
+        ({"ladder": ("int4", "int8")}, "ladder int4,int8"),
+        ({"ladder": ("float16", "bfloat16")}, "ladder float16,bfloat16"),
+        ({"ladder": ("float16", "int9")}, "unknown format 'int9'"),
+        ({"ladder": FOUR, "low": "int3"}, "a ladder beside low and high"),
+        ({"ladder": FOUR, "ladder_step": 1.0}, "ladder_step is 1"),
+        ({"ladder": ("int8", "int4"), "ladder_step": 3.0}, "nothing about a ladder of two"),
+        ({"ladder_step": 3.0}, "ladder_step without a ladder"),
+        ({"strategy": "uniform", "ladder": FOUR}, "no use for ladder"),
+        ({"strategy": "budget", "target_bpw": 4.0, "ladder": FOUR}, "no use for ladder"),
+        ({"strategy": "ratio", "ladder": FOUR, "lower_thresholds": (0.1, 0.01)}, "no use for lower_thresholds"),
+        ({"strategy": "threshold", "threshold": 1.0, "ladder": FOUR, "lower_thresholds": (0.1,)}, "2 thresholds for 4"),
+        (
+            {"strategy": "threshold", "threshold": 1.0, "ladder": FOUR, "lower_thresholds": (0.1, 0.1)},
+            "thresholds 1, 0.1, 0.1",
+        ),
+        (
+            {
+                "strategy": "threshold",
+                "threshold": 1.0,
+                "ladder": FOUR,
+                "lower_thresholds": (0.1, 0.01),
+                "ladder_step": 2.0,
+            },
+            "beside all thresholds",
+        ),
+    ],
+)
+def test_a_ladder_that_makes_no_sense_is_refused(
+    checkpoint: Checkpoint, fisher_table: FisherTable, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(checkpoint, fisher_table, PlanConfig(**changes))  # type: ignore[arg-type]

@@ -224,9 +224,10 @@ def read_with_numpy(path: Path, name: str, phase: int | None = None) -> np.ndarr
     header = json.loads(content[8:start])
     facts = json.loads(header["__metadata__"]["fqdiff"])["quantized"][name]
     shape, count = facts["shape"], int(np.prod(facts["shape"]))
+    kept, _, granularity = facts["granularity"].rpartition("+")
 
     def raw(part: str) -> np.ndarray:
-        begin, end = header[f"{name}.{part}"]["data_offsets"]
+        begin, end = header[part]["data_offsets"]
         return np.frombuffer(content[start + begin : start + end], np.uint8)
 
     stored, _, phases = facts["format"].partition(":")
@@ -243,37 +244,56 @@ def read_with_numpy(path: Path, name: str, phase: int | None = None) -> np.ndarr
         codes, known, levels = np.zeros(count, np.int64), 0, sorted(set(phase_bits))
         wanted = levels[-1] if phase is None else phase_bits[phase]
         for number, level in enumerate(level for level in levels if level <= wanted):
-            plane = codes_of(raw(f"plane{number}" if number else "codes"), count, level - known)
+            plane = codes_of(raw(f"{name}.plane{number}" if number else f"{name}.codes"), count, level - known)
             codes, known = codes * 2 ** (level - known) + plane, level
         steps = 2 ** (levels[-1] - wanted)
         return codes * steps + (steps - 1) / 2
 
-    numbers = facts["granularity"].removesuffix(":float16").split(":")[1:]
-    half = facts["granularity"].endswith(":float16")
-    axis = int(numbers[-1]) if numbers else 0
-    if facts["format"].startswith("codebook"):
-        rows = np.moveaxis(codes_of(raw("codes"), count).reshape(shape), axis, 0)
-        book = (
-            raw("codebook")
-            .view("<f2" if half else "<f4")
-            .astype(np.float32)
-            .reshape(header[f"{name}.codebook"]["shape"])
-        )
-        named = np.take_along_axis(book, rows.reshape(len(book), -1), axis=1)
-        return np.moveaxis(named.reshape(rows.shape), 0, axis)
-    scale = raw("scale").view("<f2" if half else "<f4").astype(np.float32)
-    if facts["format"].startswith("float8"):
-        codes = np.array([float8_value(byte, facts["format"]) for byte in raw("codes").tolist()], np.float32)
-        zero = np.zeros(len(scale))
-    else:
-        codes = nested_codes() if phases else codes_of(raw("codes"), count)
-        if f"{name}.zero_point" in header:
-            zero = codes_of(raw("zero_point"), len(scale))
+    def values() -> np.ndarray:
+        if facts["format"] in ("float32", "float16", "bfloat16"):
+            return cast_value(raw(name), facts["format"]).reshape(shape)
+        numbers = granularity.removesuffix(":float16").split(":")[1:]
+        dtype = "<f2" if granularity.endswith(":float16") else "<f4"
+        axis = int(numbers[-1]) if numbers else 0
+        if facts["format"].startswith("codebook"):
+            rows = np.moveaxis(codes_of(raw(f"{name}.codes"), count).reshape(shape), axis, 0)
+            book = raw(f"{name}.codebook").view(dtype).astype(np.float32)
+            book = book.reshape(header[f"{name}.codebook"]["shape"])
+            named = np.take_along_axis(book, rows.reshape(len(book), -1), axis=1)
+            return np.moveaxis(named.reshape(rows.shape), 0, axis)
+        scale = raw(f"{name}.scale").view(dtype).astype(np.float32)
+        if facts["format"].startswith("float8"):
+            codes = np.array([float8_value(b, facts["format"]) for b in raw(f"{name}.codes").tolist()], np.float32)
+            zero = np.zeros(len(scale))
         else:
-            zero = np.full(len(scale), 1 if facts["format"] == "ternary" else codes_middle(stored))
-    rows = np.moveaxis(codes.reshape(shape), axis, 0)
-    values = (rows.reshape(len(scale), -1) - zero[:, None]).astype(np.float32) * scale[:, None]
-    return np.moveaxis(values.reshape(rows.shape), 0, axis)
+            codes = nested_codes() if phases else codes_of(raw(f"{name}.codes"), count)
+            if f"{name}.zero_point" in header:
+                zero = codes_of(raw(f"{name}.zero_point"), len(scale))
+            else:
+                zero = np.full(len(scale), 1 if facts["format"] == "ternary" else codes_middle(stored))
+        rows = np.moveaxis(codes.reshape(shape), axis, 0)
+        found = (rows.reshape(len(scale), -1) - zero[:, None]).astype(np.float32) * scale[:, None]
+        return np.moveaxis(found.reshape(rows.shape), 0, axis)
+
+    if not kept:
+        return values()
+    k, high = int(kept.split(":")[1]), kept.split(":")[2]
+    stream, low = raw(f"{name}.kept_index"), int(np.log2(count // k))
+    bits = np.unpackbits(stream, bitorder="little").astype(int)
+    if len(stream) == -(-count // 8):
+        positions = np.flatnonzero(bits)
+    else:
+        lowest = bits[: k * low].reshape(k, low) @ (1 << np.arange(low))
+        positions = (np.flatnonzero(bits[k * low :]) - np.arange(k)) * 2**low + lowest
+    weight = values().flatten()
+    weight[positions] = cast_value(raw(f"{name}.kept"), high)
+    return weight.reshape(shape)
+
+
+def cast_value(content: np.ndarray, name: str) -> np.ndarray:
+    if name == "bfloat16":  # the upper half of a float32
+        return (content.view("<u2").astype("<u4") << 16).view("<f4")
+    return content.view("<f2" if name == "float16" else "<f4").astype(np.float32)
 
 
 def codes_middle(name: str) -> int:

@@ -23,15 +23,15 @@ from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
-    from fqdiff.values import Plan
+    from fqdiff.values import Plan, PlanEntry
 
-READS_FISHER = {"at", "low", "high"}
+READS_FISHER = {"at", "low", "high", "ladder", "ladder_step"}
 ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"}
 CALIBRATION = {"predictor", "refine", "calibration_timesteps", "calibration_samples"}
 READS_BUDGET = {"score", "timestep_weights", "formats", "ends", "phases", "traffic_bpw"} | CALIBRATION
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
     "groups": READS_FISHER | {"thresholds"},
-    "threshold": READS_FISHER,
+    "threshold": READS_FISHER | {"lower_thresholds"},
     "ratio": READS_FISHER,
     "mean_std": READS_FISHER,
     "uniform": set(),
@@ -177,7 +177,11 @@ def make(
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0, help="One threshold for the whole model.", rich_help_panel=RULES)
+        str | None,
+        typer.Option(
+            help="One threshold for the whole model; of a ladder also all of them, falling: 0.1,0.01.",
+            rich_help_panel=RULES,
+        ),
     ] = None,
     ratio: Annotated[
         float | None,
@@ -208,10 +212,27 @@ def make(
     high: Annotated[
         str | None, typer.Option(help="Format above it.", show_default=f"{PlanConfig.high}", rich_help_panel=RULES)
     ] = None,
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats instead of --high and --low, widest first, e.g. float16,int8,int4,int2.",
+            rich_help_panel=RULES,
+        ),
+    ] = None,
+    ladder_step: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="The thresholds below a ladder's first are so many times smaller each.",
+            show_default=f"{PlanConfig.ladder_step:g}",
+            rich_help_panel=RULES,
+        ),
+    ] = None,
     granularity: Annotated[
         str | None,
         typer.Option(
-            help="One scale per tensor, per channel, per group:SIZE of a channel's weights, or group-near:SIZE.",
+            help="One scale per tensor, per channel, per group:SIZE of a channel's weights, or group-near:SIZE; "
+            "with ,element single elements may stay high.",
             show_default=f"{PlanConfig.granularity}; for a budget {','.join(GRAINS)}",
         ),
     ] = None,
@@ -258,13 +279,15 @@ def make(
         "traffic_bpw": traffic_bpw,
         "groups": groups,
         "thresholds": parse_thresholds(thresholds) if thresholds is not None else None,
-        "threshold": threshold,
+        **(parse_ladder_thresholds(threshold) if threshold is not None else {}),
         "ratio": ratio,
         "mean_std": mean_std,
         "uniform": uniform,
         "at": at,
         "low": low,
         "high": high,
+        "ladder": parse_names(ladder) if ladder is not None else None,
+        "ladder_step": ladder_step,
         "granularity": granularity,
         "scale": scale,
         "symmetric": symmetric or None,
@@ -300,8 +323,8 @@ def make(
     if manifest is None:
         return
     value: Plan = session.runner.load(manifest)
-    low_format, high_format = (config.low, config.high) if value.budget else (f.name for f in planned_formats(config))
-    rows = block_rows(value) if value.budget is not None else plan_rows(value, low_format)
+    chosen = () if value.budget is not None else tuple(f.name for f in planned_formats(config))
+    rows = block_rows(value) if value.budget is not None else plan_rows(value, chosen[1:])
     full_bytes = only_input(session, manifest, "checkpoint").file("model.safetensors").bytes
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
     facts: dict[str, object] = {"budget": vars(value.budget)} if value.budget is not None else {}
@@ -311,7 +334,7 @@ def make(
         lambda: (
             budget_text(manifest, value)
             if value.budget is not None
-            else plan_text(manifest, value, (low_format, high_format), rows, full_bytes)
+            else plan_text(manifest, value, chosen, rows, full_bytes)
         ),
     )
 
@@ -340,6 +363,15 @@ def parse_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def parse_ladder_thresholds(text: str) -> dict[str, object]:
+    """``0.1,0.01`` as the first threshold and those below it, if there are any."""
+    try:
+        first, *lower = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"threshold '{text}' is no number", "e.g. 0.1, or 0.1,0.01 for a ladder of three") from None
+    return {"threshold": first, **({"lower_thresholds": tuple(lower)} if lower else {})}
+
+
 def parse_thresholds(text: str) -> tuple[float, ...]:
     """``0.1/0.01/0.1`` as numbers."""
     try:
@@ -364,20 +396,25 @@ def plan_inputs(session: Session, ref: str | None, needs_table: bool) -> "dict[s
     return {"checkpoint": only_input(session, found, "checkpoint"), "fisher": found}
 
 
-def plan_rows(value: "Plan", low: str) -> list[dict[str, object]]:
-    """Block by block: weight tensors and weights in all and in the low format, payload bytes before and after."""
+def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:
+    """Block by block: weight tensors and weights in all and in the formats below the widest, payload bytes before and after.
+
+    Kept elements are no lowered weights.
+    """
     rows: list[dict[str, object]] = []
     for block in BLOCKS:
         entries = [e for e in value.entries if e.block == block]
         tensors = [e for e in entries if len(e.shape) >= 2]
-        lowered = [e for e in tensors if e.format == low]
+        lowered = {name: [e for e in tensors if e.format == name] for name in lower}
+        weights = {name: sum(prod(e.shape) - kept_elements(e) for e in each) for name, each in lowered.items()}
         rows.append(
             {
                 "block": block,
                 "tensors": len(tensors),
-                "tensors_low": len(lowered),
+                "tensors_low": sum(map(len, lowered.values())),
                 "weights": sum(prod(e.shape) for e in tensors),
-                "weights_low": sum(prod(e.shape) for e in lowered),
+                "weights_low": sum(weights.values()),
+                "formats": weights,
                 "bytes_float32": sum(4 * prod(e.shape) for e in entries),
                 "bytes_planned": sum(e.bytes for e in entries),
             }
@@ -385,30 +422,41 @@ def plan_rows(value: "Plan", low: str) -> list[dict[str, object]]:
     return rows
 
 
+def kept_elements(entry: "PlanEntry") -> int:
+    """How many elements stay in another format than their tensor."""
+    from fqdiff.quant.formats import PerElement, parse_granularity
+
+    granularity = parse_granularity(entry.granularity)
+    return granularity.count if isinstance(granularity, PerElement) else 0
+
+
 def plan_text(
-    manifest: "Manifest", value: "Plan", formats: tuple[str, str], rows: list[dict[str, object]], full_bytes: int
+    manifest: "Manifest", value: "Plan", formats: tuple[str, ...], rows: list[dict[str, object]], full_bytes: int
 ) -> str:
     """The table of :func:`plan_rows` for people; ``full_bytes`` is the size of the full-precision file."""
-    low, high = formats
-    cells = [
-        [
-            str(r["block"]),
-            f"{r['tensors_low']} of {r['tensors']}",
-            f"{r['weights_low']:,} of {r['weights']:,}",
-            f"{r['bytes_float32']:,}",
-            f"{r['bytes_planned']:,}",
-        ]
-        for r in rows
-    ]
+    high, *lower = formats
+    cells = []
+    for r in rows:
+        counts = r["formats"]
+        assert isinstance(counts, dict)
+        to_each = [f"{counts[name]:,}" for name in lower]
+        to_each[-1] += f" of {r['weights']:,}"
+        sizes = (f"{r['bytes_float32']:,}", f"{r['bytes_planned']:,}")
+        cells.append([str(r["block"]), f"{r['tensors_low']} of {r['tensors']}", *to_each, *sizes])
     payload, full_payload = (sum(int(str(r[key])) for r in rows) for key in ("bytes_planned", "bytes_float32"))
-    cells.append(["header", "", "", f"{full_bytes - full_payload:,}", f"{value.file_bytes - payload:,}"])
-    cells.append(["file", "", "", f"{full_bytes:,}", f"{value.file_bytes:,}"])
-    header = ("block", f"tensors to {low}", f"weights to {low}", "bytes in float32", "bytes planned")
+    blank = [""] * (1 + len(lower))
+    cells.append(["header", *blank, f"{full_bytes - full_payload:,}", f"{value.file_bytes - payload:,}"])
+    cells.append(["file", *blank, f"{full_bytes:,}", f"{value.file_bytes:,}"])
+    to_lower = f"tensors to {lower[0]}" if len(lower) == 1 else "tensors lowered"
+    header = ("block", to_lower, *(f"weights to {name}" for name in lower), "bytes in float32", "bytes planned")
 
     rest = "everything else stays float32"
     if high != "float32":
         rest = "biases and norms stay float32" + (
             "" if value.strategy == "uniform" else f", all other weights are {high}"
         )
+    kept = sum(map(kept_elements, value.entries))
+    if kept:
+        rest += f"; {kept:,} single elements stay {high}"
     rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
     return "\n".join([title(manifest, value), table(header, cells), rest, *rules])

@@ -44,7 +44,8 @@ def show_text(manifest: "Manifest", value: "Plan") -> str:
         header += ["predicted", "next better", "for bytes more"]
     cells = []
     for e in value.entries:
-        how = [e.format, *(("", "") if get_format(e.format).is_cast else (e.granularity, e.range))]
+        cast = get_format(e.format).is_cast and e.granularity == "tensor"
+        how = [e.format, *(("", "") if cast else (e.granularity, e.range))]
         row = [e.parameter, e.block, f"{prod(e.shape):,}", *how, f"{e.bytes:,}", _number(e.score)]
         if value.budget is not None:
             better = next_better(e)

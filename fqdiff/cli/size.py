@@ -99,7 +99,8 @@ def total(label: Row, rows: list[Row]) -> Row:
 def size_text(manifest: "Manifest", rows: list[Row], whole: Row, file_bytes: int) -> str:
     """The table for people: rows, header, and the whole file."""
     words = [key for key in ("tensor", "block", "format", "granularity") if key in rows[0]]
-    kinds = [kind for kind in payload_kinds() if kind != TIMESTEP_BIAS or whole[kind]]  # few models have any
+    rare = (TIMESTEP_BIAS, "kept_elements", "index")
+    kinds = [kind for kind in payload_kinds() if kind not in rare or whole[kind]]
     numbers = ["weights", *kinds, "bytes"]
 
     def line(row: Row, bits: float) -> list[str]:

@@ -16,7 +16,8 @@ from fqdiff.context import Context
 from fqdiff.errors import QuantizationError
 from fqdiff.planning.knapsack import Array, lower_hull
 from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
-from fqdiff.quant.formats import Format, PerGroup, PerTensor, get_format
+from fqdiff.quant.elements import BY_RISE, choose_kept
+from fqdiff.quant.formats import Format, Granularity, PerElement, PerGroup, PerTensor, get_format
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.quant.ranges import FISHER, MIN_MAX
@@ -24,6 +25,9 @@ from fqdiff.quant.rounding import NEAREST
 from fqdiff.sensitivity.candidates import channel_errors
 
 FLOATS = ("float32", "float16")  # what biases and norms may take
+KEPT_IN = "float16"
+KEPT_SHARES = (0.005, 0.01, 0.02, 0.05)  # of a tensor's elements
+KEPT_UP_TO = 4  # bits of the others: above that errors are so small that an element of 16 bits buys nothing
 Importance = Mapping[str, Tensor]
 Model = Mapping[str, object]
 
@@ -32,7 +36,8 @@ Model = Mapping[str, object]
 class Ways:
     """What there is to choose from: ``formats``, each with every one of ``granularities`` and ``ranges`` that it can have.
 
-    ``granularities`` as in a plan's settings, such as "channel" and "group-near:64"; ``scale``: what scales are stored in.
+    ``granularities`` as in a plan's settings, such as "channel" and "group-near:64"; ``scale``: what scales are stored in;
+    ``kept_shares``: of each tensor's elements, kept in float16.
     """
 
     formats: tuple[str, ...]
@@ -40,6 +45,7 @@ class Ways:
     ranges: tuple[str, ...] = (MIN_MAX,)
     scale: str = "float32"
     rounding: str = NEAREST
+    kept_shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,15 @@ class Option:
         """Name of the format."""
         return self.description[1].name
 
-    def stored(self, tensor: Tensor, weight: Tensor | None) -> Tensor:
-        """``tensor`` as it would be read back, float32; ``weight`` are the Fisher values of its elements, if known."""
+    def stored(self, tensor: Tensor, weight: Tensor | None, kept: Tensor | None = None) -> Tensor:
+        """``tensor`` as it would be read back, float32; ``weight`` are the Fisher values of its elements, if known.
+
+        ``kept``: which elements are kept, where the caller knows.
+        """
         _, fmt, granularity = self.description
-        return unpack_tensor(pack_tensor(tensor, fmt, granularity, self.span, self.rounding, weight))
+        if kept is None:
+            kept = choose_kept(tensor, fmt, granularity, weight, BY_RISE)
+        return unpack_tensor(pack_tensor(tensor, fmt, granularity, self.span, self.rounding, weight, kept))
 
 
 def make_options(
@@ -85,16 +96,22 @@ def make_options(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
-            kept: dict[Description, Option] = {}
+            best: dict[Description, Option] = {}
+            chosen: dict[Description, Tensor | None] = {}  # kept elements: the same for all ranges
             for description, span in tensor_ways(name, tensor, axes[name], ways):
-                option = _option(
-                    tensor, axes[name], description, span, ways.rounding, importance[name], weights.get(name)
-                )
-                if option is not None and (description not in kept or option.value < kept[description].value):
-                    kept[description] = option
-            if not kept:
+                option = Option(description, span, ways.rounding, stored_bytes(*description), 0.0)
+                try:
+                    if description not in chosen:
+                        chosen[description] = choose_kept(tensor, *description[1:], weights.get(name), BY_RISE)
+                    stored = option.stored(tensor, weights.get(name), chosen[description])
+                except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
+                    continue
+                option = replace(option, value=predicted_value(tensor, stored, axes[name], importance[name]))
+                if description not in best or option.value < best[description].value:
+                    best[description] = option
+            if not best:
                 raise QuantizationError(f"'{name}' can be stored in none of {', '.join(ways.formats)}", "add float32")
-            found[name] = tuple(kept.values())
+            found[name] = tuple(best.values())
             bar.update()
     return found
 
@@ -116,7 +133,16 @@ def tensor_ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tu
             if fmt.kind != "codebook" or not isinstance(
                 grain, PerGroup
             ):  # a list for every group costs more than it saves
-                yield from (((shape, fmt, grain), span) for span in _ranges(fmt, ways.ranges))
+                for each in (grain, *_with_kept(tensor, fmt, grain, ways.kept_shares)):
+                    yield from (((shape, fmt, each), span) for span in _ranges(fmt, ways.ranges))
+
+
+def _with_kept(tensor: Tensor, fmt: Format, grain: Granularity, shares: Sequence[float]) -> list[PerElement]:
+    """``grain`` with every number of kept elements that is one, and not all."""
+    if fmt.bits > KEPT_UP_TO:
+        return []
+    counts = dict.fromkeys(round(share * tensor.numel()) for share in shares)
+    return [PerElement(count, KEPT_IN, grain) for count in counts if 0 < count < tensor.numel()]
 
 
 def _ranges(fmt: Format, ranges: Sequence[str]) -> tuple[str, ...]:
@@ -124,23 +150,6 @@ def _ranges(fmt: Format, ranges: Sequence[str]) -> tuple[str, ...]:
     if fmt.is_integer:
         return tuple(ranges)
     return (FISHER,) if FISHER in ranges and fmt.kind in ("ternary", "codebook") else (MIN_MAX,)
-
-
-def _option(
-    tensor: Tensor,
-    axis: int,
-    description: Description,
-    span: str,
-    rounding: str,
-    importance: Tensor,
-    weight: Tensor | None,
-) -> Option | None:
-    option = Option(description, span, rounding, stored_bytes(*description), 0.0)
-    try:
-        stored = option.stored(tensor, weight)
-    except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
-        return None
-    return replace(option, value=predicted_value(tensor, stored, axis, importance))
 
 
 def predicted_value(tensor: Tensor, stored: Tensor, axis: int, importance: Tensor) -> float:

@@ -13,7 +13,7 @@ from fqdiff.errors import ConfigError
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.planning import budget, scores
 from fqdiff.planning.calibration import Calibration, make_probe
-from fqdiff.planning.candidates import FLOATS, Market, Ways, make_options
+from fqdiff.planning.candidates import FLOATS, KEPT_SHARES, Market, Ways, make_options
 from fqdiff.planning.knapsack import total
 from fqdiff.planning.quadratic import separate
 from fqdiff.planning.refine import Found, refine, solve
@@ -76,6 +76,8 @@ def make_offer(
     else:
         importance = measured
     weights = fitted_weights(table, config, checkpoint)
+    if config.by_element and not weights:
+        raise ConfigError("elements cannot be told apart by this table", "fqdiff fisher --granularity weight")
     options = make_options(checkpoint.tensors, axes, ways(config, bool(weights)), importance, weights, context)
     market = Market(model_description(checkpoint.spec), options)
     ends = {name: config.ends_format for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS}
@@ -96,13 +98,22 @@ def ways(config: PlanConfig, single_weights: bool) -> Ways:
     ranges = config.ranges or ((MIN_MAX, FISHER) if single_weights else (MIN_MAX,))
     formats = tuple(without_zero_point(get_format(f)).name if config.symmetric else f for f in named)
     return Ways(
-        tuple(dict.fromkeys(formats)), tuple(config.granularity.split(",")), ranges, config.scale, config.rounding
+        tuple(dict.fromkeys(formats)),
+        config.scale_granularities,
+        ranges,
+        config.scale,
+        config.rounding,
+        KEPT_SHARES if config.by_element else (),
     )
 
 
 def fitted_weights(table: FisherTable | None, config: PlanConfig, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Fisher values of single weights, to which ranges and codebooks are fitted; empty where the table has none."""
-    if table is None or not table.weights or (config.ranges and FISHER not in config.ranges):
+    """Fisher values of single weights, to which ranges and codebooks are fitted, and which tell what elements to keep.
+
+    Empty where the table has none.
+    """
+    unused = config.ranges and FISHER not in config.ranges and not config.by_element
+    if table is None or not table.weights or unused:
         return {}
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     return scores.fisher_importance(table, config.timestep_weights, checkpoint.spec.noise_schedule(), shapes)

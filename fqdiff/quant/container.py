@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from fqdiff.quant.formats import Format, Granularity
+from fqdiff.quant.formats import Format, Grain, PerElement
 from fqdiff.quant.packed import part_layout
 
 SCHEMA = 1
 METADATA_KEY = "fqdiff"  # one key only: safetensors writes several in an order that changes from run to run
 Stored = tuple[torch.dtype, tuple[int, ...]]
-Description = tuple[tuple[int, ...], Format, Granularity]  # shape, format, granularity of one parameter
+Description = tuple[tuple[int, ...], Format, Grain]  # shape, format, granularity of one parameter
 
 # safetensors' names of the dtypes used here, in the order in which it lays tensors out (largest alignment first).
 DTYPE_NAMES = {
@@ -29,7 +29,15 @@ DTYPE_NAMES = {
 
 
 # What the parts of a tensor count as, in the order in which sizes are listed.
-PART_KINDS = {"codes": "codes", "scale": "scales", "zero_point": "zero_points", "codebook": "codebooks", "data": "kept"}
+PART_KINDS = {
+    "codes": "codes",
+    "scale": "scales",
+    "zero_point": "zero_points",
+    "codebook": "codebooks",
+    "data": "kept",
+    "kept": "kept_elements",
+    "kept_index": "index",
+}
 
 
 def part_name(parameter: str, part: str) -> str:
@@ -47,7 +55,7 @@ def stored_tensors(parameters: Mapping[str, Description]) -> dict[str, Stored]:
 
 
 def bytes_by_kind(parameter: Description) -> dict[str, int]:
-    """Payload bytes of one parameter by kind: codes, scales, zero points, or kept in floating point."""
+    """Payload bytes of one parameter by kind, see PART_KINDS; planes of codes count as codes."""
     sizes: dict[str, int] = {}
     for part, (dtype, shape) in part_layout(*parameter).items():
         kind = PART_KINDS["codes" if part.startswith("plane") else part]
@@ -56,11 +64,11 @@ def bytes_by_kind(parameter: Description) -> dict[str, int]:
 
 
 def metadata(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> dict[str, str]:
-    """What the header says beside the tensors: the model, and how each tensor that is no cast is to be read."""
+    """What the header says beside the tensors: the model, and how each tensor that is no mere cast is to be read."""
     described = {
         name: {"format": fmt.name, "granularity": str(granularity), "shape": list(shape)}
         for name, (shape, fmt, granularity) in parameters.items()
-        if not fmt.is_cast
+        if not fmt.is_cast or isinstance(granularity, PerElement)
     }
     content = {"schema": SCHEMA, "model": model, "quantized": described}
     return {METADATA_KEY: json.dumps(content, sort_keys=True, separators=(",", ":"))}

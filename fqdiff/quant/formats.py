@@ -141,17 +141,50 @@ class PerGroup:
 
 
 Granularity = PerTensor | PerChannel | PerGroup
+
+
+@dataclass(frozen=True)
+class PerElement:
+    """``count`` elements of a tensor are kept in ``high``, a cast; the others share scales by ``scales``."""
+
+    count: int
+    high: str
+    scales: Granularity
+
+    def __str__(self) -> str:
+        return f"{ELEMENT}:{self.count}:{self.high}+{self.scales}"
+
+
+Grain = Granularity | PerElement
+ELEMENT = "element"
+CASTS = tuple(f.name for f in FORMATS.values() if f.is_cast)
 TEXT = re.compile(
     r"(tensor|channel:(?P<channel>\d)|group:(?P<size>[1-9]\d{0,8}):(?P<axis>\d))(?P<half>:float16)?", re.ASCII
 )
+KEPT = re.compile(rf"{ELEMENT}:(?P<count>[1-9]\d{{0,12}}):(?P<high>{'|'.join(CASTS)})\+(?P<scales>.*)", re.ASCII)
+
+
+def scales_of(grain: Grain) -> Granularity:
+    """Which of the weights that are not kept one by one share a scale."""
+    return grain.scales if isinstance(grain, PerElement) else grain
 
 
 def _suffix(scale_dtype: torch.dtype) -> str:
     return FLOAT16_SCALES if scale_dtype == torch.float16 else ""
 
 
-def parse_granularity(text: str) -> Granularity:
-    """``tensor``, ``channel:AXIS`` or ``group:SIZE:AXIS``, with ``:float16`` for scales in float16; the inverse of ``str``."""
+def parse_granularity(text: str) -> Grain:
+    """``tensor``, ``channel:AXIS`` or ``group:SIZE:AXIS``, with ``:float16`` for scales in float16; the inverse of ``str``.
+
+    ``element:COUNT:HIGH+`` before any of these: so many elements are kept in the cast HIGH.
+    """
+    kept = KEPT.fullmatch(text)
+    if kept is not None:
+        return PerElement(int(kept["count"]), kept["high"], _parse_scales(kept["scales"]))
+    return _parse_scales(text)
+
+
+def _parse_scales(text: str) -> Granularity:
     match = TEXT.fullmatch(text)
     if match is None:
         raise ConfigError(

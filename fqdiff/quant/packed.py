@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fqdiff.errors import QuantizationError
 from fqdiff.quant.codebooks import fit_codebook, looked_up, nearest_entry
-from fqdiff.quant.formats import Format, Granularity, PerTensor
+from fqdiff.quant.formats import Format, Grain, Granularity, PerElement, PerTensor, get_format, scales_of
 from fqdiff.quant.nested import bytes_read, interval_middles, plane_layout, split_codes
 from fqdiff.quant.packing import TRITS, pack, packed_bytes, unpack
+from fqdiff.quant.positions import check_positions, index_bytes, pack_positions, unpack_positions
 from fqdiff.quant.qparams import (
     QParams,
     check_finite,
@@ -27,19 +28,27 @@ from fqdiff.quant.rounding import NEAREST, rounded
 @dataclass(frozen=True)
 class PackedTensor:
     """``parts``: ``data`` for a cast; else ``codes``, with ``codebook``, or with ``scale`` and, where groups have their own,
-    ``zero_point``.
+    ``zero_point``. Where single elements are kept, also ``kept``, their values, and ``kept_index``, which they are.
     """
 
     format: Format
-    granularity: Granularity
+    granularity: Grain
     shape: tuple[int, ...]
     parts: Mapping[str, Tensor]
 
 
 def part_layout(
-    shape: tuple[int, ...], fmt: Format, granularity: Granularity
+    shape: tuple[int, ...], fmt: Format, granularity: Grain
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """dtype and shape of every part that a tensor of ``shape`` is stored as."""
+    if isinstance(granularity, PerElement):
+        numel = torch.Size(shape).numel()
+        if granularity.count >= numel:
+            raise QuantizationError(f"{granularity.count} elements kept of {numel}", "keep fewer, or the whole tensor")
+        return part_layout(shape, fmt, granularity.scales) | {
+            "kept": (get_format(granularity.high).dtype, (granularity.count,)),
+            "kept_index": (torch.uint8, (index_bytes(granularity.count, numel),)),
+        }
     if fmt.is_cast:
         return {"data": (fmt.dtype, shape)}
     groups = group_count(shape, granularity)
@@ -54,13 +63,13 @@ def part_layout(
     return layout
 
 
-def stored_bytes(shape: tuple[int, ...], fmt: Format, granularity: Granularity) -> int:
-    """Payload bytes of a tensor of ``shape``: codes, scales, zero points and codebooks."""
+def stored_bytes(shape: tuple[int, ...], fmt: Format, granularity: Grain) -> int:
+    """Payload bytes of a tensor of ``shape``: codes, scales, zero points, codebooks, kept elements and their index."""
     layout = part_layout(shape, fmt, granularity)
     return sum(dtype.itemsize * torch.Size(size).numel() for dtype, size in layout.values())
 
 
-def read_bytes(shape: tuple[int, ...], fmt: Format, granularity: Granularity) -> float:
+def read_bytes(shape: tuple[int, ...], fmt: Format, granularity: Grain) -> float:
     """Payload bytes that a use of the tensor reads, averaged over phases: all that are stored, where there are none."""
     layout = part_layout(shape, fmt, granularity)
     return bytes_read({part: dtype.itemsize * torch.Size(size).numel() for part, (dtype, size) in layout.items()}, fmt)
@@ -69,17 +78,22 @@ def read_bytes(shape: tuple[int, ...], fmt: Format, granularity: Granularity) ->
 def pack_tensor(
     x: Tensor,
     fmt: Format,
-    granularity: Granularity,
+    granularity: Grain,
     span: str = MIN_MAX,
     rounding: str = NEAREST,
     weight: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> PackedTensor:
     """``x`` in ``fmt``: a cast, or rounded to the grid of :func:`fitted_qparams` or to a codebook, and packed.
 
-    ``weight``, shaped like ``x``, tells how much each error counts; it is read for a ``span`` of "fisher" alone. Raises
-    QuantizationError where ``x`` is not finite, or a cast or a scale overflows.
+    ``weight``, shaped like ``x``, tells how much each error counts; it is read for a ``span`` of "fisher" alone. ``kept``:
+    increasing int64 positions, in row-major order, of the elements that a :class:`PerElement` keeps; see
+    :func:`fqdiff.quant.elements.choose_kept`. Raises QuantizationError where ``x`` is not finite, or a cast or a scale overflows.
     """
     shape = tuple(x.shape)
+    if isinstance(granularity, PerElement):
+        assert kept is not None
+        return _pack_with_kept(x, fmt, granularity, span, rounding, weight, kept)
     if fmt.is_cast:
         data = x.to(fmt.dtype, copy=True)  # never the caller's own memory: the packed model stands alone
         if not torch.isfinite(data).all():
@@ -97,6 +111,29 @@ def pack_tensor(
     if fmt.has_zero_points:
         parts["zero_point"] = pack(qparams.zero_point, fmt.bits)
     return PackedTensor(fmt, granularity, shape, parts)
+
+
+def _pack_with_kept(
+    x: Tensor,
+    fmt: Format,
+    granularity: PerElement,
+    span: str,
+    rounding: str,
+    weight: Tensor | None,
+    kept: Tensor,
+) -> PackedTensor:
+    """Kept elements are 0 to the grid of the others: every format holds it, and no range has to reach out for it."""
+    check_finite(x)
+    high = get_format(granularity.high)
+    values = pack_tensor(x.flatten()[kept], high, PerTensor()).parts["data"]
+    rest = x.flatten().index_fill(0, kept, 0.0).view(x.shape)
+    if fmt.kind == "codebook":  # where 0 is a number like any other: it must not pull an entry
+        told = weight if weight is not None and span == FISHER else torch.ones_like(x)
+        weight = told.flatten().index_fill(0, kept, 0.0).view(x.shape)
+        span = FISHER
+    packed = pack_tensor(rest, fmt, granularity.scales, span, rounding, weight)
+    parts = {**packed.parts, "kept": values, "kept_index": pack_positions(kept, x.numel())}
+    return PackedTensor(fmt, granularity, packed.shape, parts)
 
 
 def _pack_by_codebook(x: Tensor, fmt: Format, granularity: Granularity, weight: Tensor | None) -> PackedTensor:
@@ -124,6 +161,10 @@ def check_layout(packed: PackedTensor) -> None:
 def check_values(packed: PackedTensor) -> None:
     """Raise QuantizationError for parts that no packing makes: for the reader of a file that a stranger may have written."""
     fmt, parts = packed.format, packed.parts
+    if isinstance(packed.granularity, PerElement):
+        check_positions(parts["kept_index"], packed.granularity.count, torch.Size(packed.shape).numel())
+        if not torch.isfinite(parts["kept"].float()).all():
+            raise QuantizationError("kept elements that are no numbers")
     if fmt.is_cast:
         return
     if fmt.kind == "codebook":
@@ -146,12 +187,19 @@ def unpack_tensor(packed: PackedTensor, phase: int | None = None) -> Tensor:
     With a ``phase``, those that it stands for in this phase of the timesteps; else with all bits.
     """
     check_layout(packed)
-    fmt, parts = packed.format, packed.parts
+    fmt, parts, granularity = packed.format, packed.parts, scales_of(packed.granularity)
+    if isinstance(packed.granularity, PerElement):
+        own = {name: part for name, part in parts.items() if name in part_layout(packed.shape, fmt, granularity)}
+        values = unpack_tensor(PackedTensor(fmt, granularity, packed.shape, own), phase)
+        values = values.clone() if fmt.is_cast else values  # a cast to float32 is the stored part itself
+        kept = unpack_positions(parts["kept_index"], packed.granularity.count, values.numel())
+        values.view(-1)[kept] = parts["kept"].float()
+        return values
     if fmt.is_cast:
         return parts["data"].float()
     if fmt.kind == "codebook":
-        codes = group_rows(unpack(parts["codes"], fmt.bits, packed.shape), packed.granularity)
-        return from_rows(looked_up(codes, parts["codebook"].float()), packed.shape, packed.granularity)
+        codes = group_rows(unpack(parts["codes"], fmt.bits, packed.shape), granularity)
+        return from_rows(looked_up(codes, parts["codebook"].float()), packed.shape, granularity)
     scale = parts["scale"].float()
     if fmt.has_zero_points:
         zero_point = unpack(parts["zero_point"], fmt.bits, (len(scale),))
@@ -162,4 +210,4 @@ def unpack_tensor(packed: PackedTensor, phase: int | None = None) -> Tensor:
         codes = interval_middles(parts, fmt, bits, packed.shape)
     else:
         codes = unpack(parts["codes"], fmt.bits, packed.shape) if fmt.is_packed else parts["codes"]
-    return dequantize(codes, QParams(scale, zero_point), packed.granularity)
+    return dequantize(codes, QParams(scale, zero_point), granularity)

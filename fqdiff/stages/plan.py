@@ -6,8 +6,10 @@ Only ``uniform`` lowers their weights too.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from fqdiff.configs import PlanConfig
 from fqdiff.context import Context
@@ -16,8 +18,19 @@ from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import find_measured, make_offer, make_plan
+from fqdiff.planning.scores import fisher_importance
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
-from fqdiff.quant.formats import Format, PerTensor, get_format, parse_granularity, without_zero_point
+from fqdiff.quant.formats import (
+    CASTS,
+    Format,
+    Grain,
+    PerElement,
+    PerTensor,
+    get_format,
+    parse_granularity,
+    scales_of,
+    without_zero_point,
+)
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
@@ -25,8 +38,10 @@ from fqdiff.quant.rounding import NEAREST, SQUANT
 from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
+INFINITE = float("inf")
 Scores = Mapping[str, float]
-Rule = tuple[float, str]  # a threshold, and where it comes from
+Values = Mapping[str, Tensor]  # Fisher values that a threshold is held against: of the tensor, [1], or of each element
+Rule = tuple[tuple[float, ...], str]  # thresholds, falling, one fewer than formats, and where they come from
 
 
 def plan(
@@ -37,7 +52,7 @@ def plan(
     seed: int,
     context: Context,
 ) -> Plan:
-    """One entry per parameter of ``checkpoint``: what fits a budget best, or, by a rule, ``config.low`` under a threshold.
+    """One entry per parameter of ``checkpoint``: what fits a budget best, or, by a rule, narrower under thresholds.
 
     Raises ConfigError for a timestep that the table lacks, a group size that does not divide or a budget that nothing fits,
     LineageError for a table of other parameters. ``seed`` shuffles the random score. ``dataset`` is only looked at by predictor
@@ -55,36 +70,44 @@ def plan(
     blocks, axes = parameter_blocks(network), output_axes(network)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     weights = [name for name, shape in shapes.items() if len(shape) >= 2]
-    low, high = planned_formats(config)
+    formats = planned_formats(config)
     span = config.ranges[0] if config.ranges else MIN_MAX
-    if span == FISHER and (fisher is None or not fisher.weights):
-        raise ConfigError(
-            "a range by Fisher values needs those of single weights", "fqdiff fisher --granularity weight"
-        )
-    if config.rounding == SQUANT and config.granularity != "channel":
-        raise ConfigError(
-            f"squant with scales by {config.granularity}", "its sums are over channels: --granularity channel"
-        )
+    if (span == FISHER or config.by_element) and (fisher is None or not fisher.weights):
+        what = "a range by Fisher values" if span == FISHER else "granularity element"
+        raise ConfigError(f"{what} needs those of single weights", "fqdiff fisher --granularity weight")
+    (scales,) = config.scale_granularities
+    if config.rounding == SQUANT and scales != "channel":
+        raise ConfigError(f"squant with scales by {scales}", "its sums are over channels: --granularity channel")
+    values: Values = {}
     if config.strategy == "uniform":
         scores: Scores = {}
-        rules: Mapping[str, Rule] = {name: (float("inf"), "uniform: every weight tensor goes low") for name in weights}
+        rules: Mapping[str, Rule] = dict.fromkeys(weights, ((INFINITE,), "uniform: every weight tensor goes low"))
     else:
         if fisher is None:
             raise ConfigError(f"strategy '{config.strategy}' needs Fisher values", "run fqdiff fisher first")
         scores = read_scores(fisher, config.at)
         if scores.keys() != shapes.keys():
             raise LineageError("the Fisher table is of another model", "run fqdiff fisher on this checkpoint")
-        candidates = {name: scores[name] for name in weights if blocks[name] in BLOCKS}
-        rules = RULES[config.strategy](candidates, blocks, config)
+        candidates = [name for name in weights if blocks[name] in BLOCKS]
+        if config.by_element:
+            importance = fisher_importance(fisher, element_weighting(config), checkpoint.spec.noise_schedule(), shapes)
+            values = {name: 2 * importance[name].flatten() for name in candidates}
+        else:
+            values = {name: torch.tensor([scores[name]], dtype=torch.float64) for name in candidates}
+        rules = RULES[config.strategy](values, blocks, config)
 
-    decisions = {name: decide(name, shape, scores, rules, (low, high)) for name, shape in shapes.items()}
-    scaled = {name: (shapes[name], axes[name]) for name, (fmt, _, _) in decisions.items() if not fmt.is_cast}
-    grains = granularities(config.granularity, config.scale, scaled)
+    decisions = {name: decide(name, shape, values, rules, formats) for name, shape in shapes.items()}
+    scaled = {name: (shapes[name], axes[name]) for name, (fmt, *_) in decisions.items() if not fmt.is_cast}
+    grains = granularities(scales, config.scale, scaled)
     entries = []
-    for name, (chosen, threshold, rule) in decisions.items():
-        granularity = grains.get(name, PerTensor())
+    for name, (chosen, kept, thresholds, rule) in decisions.items():
+        granularity: Grain = grains.get(name, PerTensor())
+        if kept:
+            granularity = PerElement(kept, formats[0].name, scales_of(granularity))
         size = stored_bytes(shapes[name], chosen, granularity)
-        finite = threshold if threshold is not None and threshold != float("inf") else None
+        if kept and size >= (whole := stored_bytes(shapes[name], formats[0], PerTensor())):
+            chosen, granularity, size = formats[0], PerTensor(), whole
+        finite = thresholds[0] if thresholds and thresholds[0] != INFINITE else None
         entries.append(
             PlanEntry(
                 parameter=name,
@@ -100,34 +123,52 @@ def plan(
                 bytes=size,
             )
         )
-    return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries))
+    weighting = element_weighting(config) if config.by_element else Plan.timestep_weights
+    return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries), timestep_weights=weighting)
 
 
-def planned_formats(config: PlanConfig) -> tuple[Format, Format]:
-    """The low and the high format. Raises ConfigError for settings that say nothing about either."""
-    low, high = get_format(config.low), get_format(config.high)
-    used = (low,) if config.strategy == "uniform" else (low, high)
-    names = " and ".join(f.name for f in used)
+def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
+    """The formats of the rules, widest first. Raises ConfigError for settings that say nothing about any of them."""
+    formats = tuple(get_format(name) for name in config.formats_by_rank)
+    used = formats[-1:] if config.strategy == "uniform" else formats
+    names = " and ".join(f.name for f in reversed(used))
+    if config.ladder and any(a.bits <= b.bits for a, b in pairwise(formats)):
+        raise ConfigError(f"ladder {','.join(config.ladder)}", "each format narrower than the one before")
     if config.symmetric and not any(f.is_integer for f in used):
         raise ConfigError(
             f"symmetric says nothing about {names}", "leave it out, or use an integer format such as int4"
         )
     if config.scale != PlanConfig.scale and all(f.is_cast for f in used):
         raise ConfigError(f"{names} have no scales to store in {config.scale}", "leave it out, or use e.g. int4")
-    return (without_zero_point(low), without_zero_point(high)) if config.symmetric else (low, high)
+    if config.by_element and not formats[0].is_cast:
+        raise ConfigError(f"single elements kept in {formats[0].name}", f"--high, a cast: {', '.join(CASTS)}")
+    return tuple(map(without_zero_point, formats)) if config.symmetric else formats
+
+
+def element_weighting(config: PlanConfig) -> str:
+    """The timestep weights that average the Fisher values of single weights as ``config.at`` says."""
+    return "uniform" if config.at == "mean" else f"at:{config.at}"
 
 
 def decide(
-    name: str, shape: tuple[int, ...], scores: Scores, rules: Mapping[str, Rule], formats: tuple[Format, Format]
-) -> tuple[Format, float | None, str]:
-    """Format of one parameter, the threshold that decided (None where none did), and the rule in words."""
-    low, high = formats
+    name: str, shape: tuple[int, ...], values: Values, rules: Mapping[str, Rule], formats: tuple[Format, ...]
+) -> tuple[Format, int, tuple[float, ...], str]:
+    """Format of one parameter, how many of its elements are kept in the widest one, the thresholds and the rule in words.
+
+    A value takes the widest format whose threshold it reaches. Elements are kept where some reach it and some do not. No
+    thresholds where none decided.
+    """
     if name in rules:
-        threshold, rule = rules[name]
-        return (low if name not in scores or scores[name] < threshold else high), threshold, rule
+        thresholds, rule = rules[name]
+        if name not in values:
+            return formats[-1], 0, thresholds, rule
+        below = [int((values[name].double() < threshold).sum()) for threshold in thresholds]
+        count = values[name].numel()
+        kept = count - below[0] if 0 < below[0] < count else 0
+        return formats[sum(n > 0 for n in below)], kept, thresholds, rule
     if len(shape) >= 2:
-        return high, None, "stem and head stay high"
-    return get_format("float32"), None, "biases and norms stay float32"
+        return formats[0], 0, (), "stem and head stay high"
+    return get_format("float32"), 0, (), "biases and norms stay float32"
 
 
 def predicted_file_bytes(checkpoint: Checkpoint, entries: Iterable[PlanEntry]) -> int:
@@ -155,50 +196,72 @@ def read_scores(table: FisherTable, at: str) -> dict[str, float]:
     return scores
 
 
-def single_threshold(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+def falling(first: float, config: PlanConfig) -> tuple[float, ...]:
+    """The thresholds between neighbours of the ladder: ``first``, then the given ones, or each ``ladder_step`` times smaller."""
+    if config.lower_thresholds:
+        return (first, *config.lower_thresholds)
+    return tuple(first / config.ladder_step**k for k in range(len(config.formats_by_rank) - 1))
+
+
+def ladder_words(config: PlanConfig) -> str:
+    """What the words of a rule, which tell of its first threshold, lack."""
+    if len(config.formats_by_rank) == 2:
+        return ""
+    if config.lower_thresholds:
+        return f", then {', '.join(f'{t:g}' for t in config.lower_thresholds)}"
+    return f", each next threshold {config.ladder_step:g} times smaller"
+
+
+def pooled(values: Values, members: Iterable[str]) -> Tensor:
+    """All Fisher values of ``members``, float64."""
+    return torch.cat([values[name].double() for name in members])
+
+
+def single_threshold(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
     """One threshold for the whole model."""
-    return dict.fromkeys(scores, (config.threshold, f"threshold {config.threshold:g} for the whole model"))
+    words = f"threshold {config.threshold:g} for the whole model{ladder_words(config)}"
+    return dict.fromkeys(values, (falling(config.threshold, config), words))
 
 
-def group_thresholds(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
-    """One threshold per block group: given, or the mean Fisher value of the group's weight tensors."""
+def group_thresholds(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+    """One threshold per block group: given, or the mean of the group's Fisher values."""
     groups = parse_groups(config.groups)
     rules: dict[str, Rule] = {}
     for index, group in enumerate(groups):
-        members = [name for name in scores if int(blocks[name]) in group]
-        mean = sum(scores[name] for name in members) / len(members)
-        given = config.thresholds[index] if config.thresholds else None
-        source = "given" if given is not None else "its mean Fisher value"
-        rules |= dict.fromkeys(
-            members, (mean if given is None else given, f"group {format_groups((group,))}: {source}")
-        )
+        members = [name for name in values if int(blocks[name]) in group]
+        threshold = config.thresholds[index] if config.thresholds else float(pooled(values, members).mean())
+        words = f"group {format_groups((group,))}: {'given' if config.thresholds else 'its mean Fisher value'}"
+        rules |= dict.fromkeys(members, (falling(threshold, config), words + ladder_words(config)))
     return rules
 
 
-def block_ratio(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
-    """In each block the share ``ratio`` of tensors with the highest Fisher values stays (rounded to whole tensors)."""
+def block_ratio(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+    """In each block the share ``ratio`` with the highest Fisher values stays, of tensors or of elements (rounded)."""
     rules: dict[str, Rule] = {}
     for block in BLOCKS:
-        members = sorted((name for name in scores if blocks[name] == block), key=lambda name: -scores[name])
-        keep = round(config.ratio * len(members))
-        threshold = scores[members[keep - 1]] if keep else float("inf")
-        rules |= dict.fromkeys(members, (threshold, f"block {block}: the top {keep} of {len(members)} stay"))
+        members = [name for name in values if blocks[name] == block]
+        ordered = pooled(values, members).sort(descending=True).values
+        keep = round(config.ratio * len(ordered))
+        threshold = float(ordered[keep - 1]) if keep else INFINITE
+        words = f"block {block}: the top {keep} of {len(ordered)} stay{ladder_words(config)}"
+        rules |= dict.fromkeys(members, (falling(threshold, config), words))
     return rules
 
 
-def mean_minus_deviations(scores: Scores, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
+def mean_minus_deviations(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
     """Threshold mean - k * std per block, k = clamp(A * mean / std, 0.1, 2.0)."""
     rules: dict[str, Rule] = {}
     for block in BLOCKS:
-        members = [name for name in scores if blocks[name] == block]
-        values = torch.tensor([scores[name] for name in members], dtype=torch.float64)
-        mean, std = float(values.mean()), float(values.std(correction=0))
+        members = [name for name in values if blocks[name] == block]
+        pool = pooled(values, members)
+        mean, std = float(pool.mean()), float(pool.std(correction=0))
         k = min(max(config.mean_std * mean / std, 0.1), 2.0) if std > 0 else 0.1
-        rules |= dict.fromkeys(members, (mean - k * std, f"block {block}: mean - {k:.2f} std"))
+        words = f"block {block}: mean - {k:.2f} std{ladder_words(config)}"
+        rules |= dict.fromkeys(members, (falling(mean - k * std, config), words))
     return rules
 
 
-RULES: Mapping[str, Callable[[Scores, Mapping[str, str], PlanConfig], dict[str, Rule]]] = {
+RULES: Mapping[str, Callable[[Values, Mapping[str, str], PlanConfig], dict[str, Rule]]] = {
     "threshold": single_threshold,
     "groups": group_thresholds,
     "ratio": block_ratio,

@@ -9,6 +9,7 @@ from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
 from fqdiff.planning.scores import fisher_importance
+from fqdiff.quant.elements import choose_kept
 from fqdiff.quant.formats import get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
 from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint
@@ -42,19 +43,15 @@ def quantize(
             raise LineageError(
                 "the plan fits ranges to Fisher values of single weights, and they are gone", "fqdiff plan"
             )
-        weighting = plan.budget.timestep_weights if plan.budget is not None else "uniform"
+        weighting = plan.budget.timestep_weights if plan.budget is not None else plan.timestep_weights
         weights = fisher_importance(fisher, weighting, checkpoint.spec.noise_schedule(), shapes)
     packed = {}
     with context.progress(len(plan.entries), "quantize", "tensor") as bar:
         for e in plan.entries:
-            packed[e.parameter] = pack_tensor(
-                checkpoint.tensors[e.parameter],
-                get_format(e.format),
-                parse_granularity(e.granularity),
-                e.range,
-                e.rounding,
-                weights.get(e.parameter),
-            )
+            tensor, weight = checkpoint.tensors[e.parameter], weights.get(e.parameter)
+            fmt, granularity = get_format(e.format), parse_granularity(e.granularity)
+            kept = choose_kept(tensor, fmt, granularity, weight, plan.kept_by)
+            packed[e.parameter] = pack_tensor(tensor, fmt, granularity, e.range, e.rounding, weight, kept)
             bar.update()
     if config.bias_correction == "none":
         return QuantizedCheckpoint(checkpoint.spec, packed)

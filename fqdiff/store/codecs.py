@@ -1,6 +1,7 @@
 """One codec per kind: a value into files of a directory, and back. Loaded files are checked before they become a value."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
-from fqdiff.quant.formats import MOST_PHASES, PerTensor, get_format, parse_granularity
+from fqdiff.quant.formats import MOST_PHASES, PerElement, PerTensor, get_format, parse_granularity, scales_of
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, read_bytes, stored_bytes
 from fqdiff.quant.phases import phase_count
 from fqdiff.quant.timestep_bias import SUFFIX as TIMESTEP_BIAS
@@ -160,6 +161,7 @@ def save_plan(value: Plan, directory: Path) -> None:
     budget = asdict(value.budget) if value.budget is not None else None
     head = {"schema": PLAN_SCHEMA, "strategy": value.strategy, "totals": totals, "budget": budget}
     head |= {"phases": asdict(value.phases)} if value.phases is not None else {}
+    head["timestep_weights"] = value.timestep_weights
     # One line per entry: what was considered stays on it, and a large model's plan within what is read as JSON.
     lines = ",\n".join(json.dumps(asdict(e), allow_nan=False) for e in value.entries)
     content = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + f',\n "entries": [\n{lines}\n]}}\n'
@@ -180,7 +182,12 @@ def load_plan(directory: Path) -> Plan:
         entries = tuple(_plan_entry(e) for e in items(data["entries"]))
         budget = record(Budget, data["budget"]) if data["budget"] is not None else None
         phases = record(Phases, data["phases"]) if "phases" in data else None
-        value = Plan(text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]), budget, phases)
+        weights = text(data.get("timestep_weights", "uniform"))  # which plans of earlier versions lack
+        if re.fullmatch(r"uniform|at:[0-9]{1,9}", weights, re.ASCII) is None:
+            raise ValueError(f"its timesteps are weighted by '{weights[:20]}'")
+        value = Plan(
+            text(data["strategy"]), entries, count(mapping(data["totals"])["file_bytes"]), budget, phases, weights
+        )
         if not entries or len({e.parameter for e in entries}) < len(entries):
             raise ValueError("it has no entries, or several for one parameter")
         if value.file_bytes < sum(e.bytes for e in entries):
@@ -230,7 +237,7 @@ def _check_budget(budget: Budget | None, plan: Plan) -> None:
 def _plan_entry(data: Any) -> PlanEntry:
     entry = record(PlanEntry, data)
     fmt, granularity = get_format(entry.format), parse_granularity(entry.granularity)
-    if fmt.is_cast and granularity != PerTensor():
+    if fmt.is_cast and scales_of(granularity) != PerTensor():
         raise ValueError(f"'{entry.parameter}' is {fmt.name}, which has no scales, by {granularity}")
     if entry.range not in RANGES or entry.rounding not in ROUNDINGS:
         raise ValueError(f"'{entry.parameter}' has range {entry.range[:20]} and rounding {entry.rounding[:20]}")
@@ -293,7 +300,8 @@ def _packed_tensor(name: str, facts: Any, tensors: dict[str, Tensor]) -> PackedT
     given = mapping(facts)
     fmt, granularity = get_format(text(given["format"])), parse_granularity(text(given["granularity"]))
     shape = tensor_shape(given["shape"])
-    if fmt.is_cast or given.keys() != {"format", "granularity", "shape"}:
+    mere_cast = fmt.is_cast and not isinstance(granularity, PerElement)
+    if mere_cast or given.keys() != {"format", "granularity", "shape"}:
         raise ValueError(f"'{name}' is described as {fmt.name} by {len(given)} fields")
     parts = {part: tensors.pop(part_name(name, part)) for part in part_layout(shape, fmt, granularity)}
     packed = PackedTensor(fmt, granularity, shape, parts)

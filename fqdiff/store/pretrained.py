@@ -76,8 +76,9 @@ def _read_casts(path: Path, hint: str) -> QuantizedCheckpoint:
         if model.timestep_bias:
             raise ValueError("it has biases by timestep; plans start from a model without")
         for name, packed in model.packed.items():
-            if not packed.format.is_cast:
-                raise ValueError(f"'{name}' is {packed.format.name}; plans start from half or full precision")
+            if packed.parts.keys() != {"data"}:
+                mixed = " with kept elements" if "kept" in packed.parts else ""
+                raise ValueError(f"'{name}' is {packed.format.name}{mixed}; plans start from half or full precision")
             if not torch.isfinite(packed.parts["data"]).all():
                 raise ValueError(f"'{name}' holds NaN or infinity")
     return model
