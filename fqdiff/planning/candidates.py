@@ -76,6 +76,31 @@ def make_options(
 ) -> dict[str, tuple[Option, ...]]:
     """Options of every parameter: ``ways`` for tensors of two axes or more, casts for biases and norms.
 
+    Of several ranges the one of least value. The arguments are those of :func:`every_option`.
+    """
+    every = every_option(tensors, axes, ways, importance, weights, context)
+    return {name: best_ranges(options) for name, options in every.items()}
+
+
+def best_ranges(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Of options that differ in nothing but the range the one of least value, the first of several."""
+    kept: dict[Description, Option] = {}
+    for option in options:
+        if option.description not in kept or option.value < kept[option.description].value:
+            kept[option.description] = option
+    return tuple(kept.values())
+
+
+def every_option(
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    ways: Ways,
+    importance: Importance,
+    weights: Mapping[str, Tensor],
+    context: Context,
+) -> dict[str, tuple[Option, ...]]:
+    """Options of every parameter, in every range.
+
     ``importance`` [1], [O] or of the parameter's shape: an option's value is the sum of importance * error^2. ``weights``:
     Fisher values that ranges and codebooks are fitted to, where they are known. What overflows is no option. Raises
     QuantizationError for NaN and infinity, ConfigError for group sizes that do not divide.
@@ -85,16 +110,13 @@ def make_options(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
-            kept: dict[Description, Option] = {}
-            for description, span in tensor_ways(name, tensor, axes[name], ways):
-                option = _option(
-                    tensor, axes[name], description, span, ways.rounding, importance[name], weights.get(name)
-                )
-                if option is not None and (description not in kept or option.value < kept[description].value):
-                    kept[description] = option
-            if not kept:
+            tried = (
+                _option(tensor, axes[name], description, span, ways.rounding, importance[name], weights.get(name))
+                for description, span in tensor_ways(name, tensor, axes[name], ways)
+            )
+            found[name] = tuple(option for option in tried if option is not None)
+            if not found[name]:
                 raise QuantizationError(f"'{name}' can be stored in none of {', '.join(ways.formats)}", "add float32")
-            found[name] = tuple(kept.values())
             bar.update()
     return found
 
