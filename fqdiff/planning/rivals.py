@@ -1,7 +1,7 @@
 """The scores that others plan precisions by, for every option of a market: hawq, modelopt and autoround, as controls.
 
-Each as :mod:`fqdiff.sensitivity.rivals` defines it, on the loss of calibration inputs, weighted by timestep. Biases and norms are
-valued as weight tensors are. Shapes: M parameters, K options of all of them together.
+Each as :mod:`fqdiff.sensitivity.rivals` defines it, on the loss of calibration inputs, weighted by timestep.
+Shapes: K options of all parameters together.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.values import Checkpoint
 
 # What the Hessian may cost: each product takes ten forward passes or more, and HAWQ's 100 draws move ranks by nothing
-# (fqdiff.stages.validate). A bias, which can only be cast, is worth one.
+# (fqdiff.stages.validate).
 HESSIAN_DRAWS = 4
 HESSIAN_SAMPLES = 1  # training images at each timestep
 
@@ -52,25 +52,26 @@ class Bench:
 
 
 def hawq_importance(bench: Bench) -> dict[str, Tensor]:
-    """trace(H) / n of every parameter, float64 [1], H the block of the loss's Hessian (HAWQ-V2); 0 for a negative trace.
+    """trace(H) / n of every weight tensor, float64 [1], H its block of the loss's Hessian (HAWQ-V2); 0 for a negative trace.
 
-    Times a squared error that is Omega of HAWQ-V2. Raises NumericalError.
+    Times a squared error that is Omega of HAWQ-V2. It knows no biases and norms, which here count as weights do on average.
+    Raises NumericalError.
     """
-    names = list(bench.checkpoint.tensors)
+    tensors = bench.checkpoint.tensors
+    names = [name for name, tensor in tensors.items() if tensor.ndim >= 2]
     few = bench.inputs.chosen((torch.arange(len(bench.inputs)) % bench.samples < HESSIAN_SAMPLES).nonzero().flatten())
     network = bench.network()
     with bench.context.soft_stop() as stop_requested:
         ledger = Ledger(bench.context, stop_requested)
         traces = ledger.rows("hawq", len(names))
         for k in ledger.units("hawq", len(names), "tensor"):
-            draws = HESSIAN_DRAWS if bench.checkpoint.tensors[names[k]].ndim >= 2 else 1
-            traces[k] = rivals.hessian_trace(network, names[k], few, bench.context.device, bench.seed, draws)
+            traces[k] = rivals.hessian_trace(network, names[k], few, bench.context.device, bench.seed, HESSIAN_DRAWS)
         ledger.save()
     check_finite("hawq", traces)
-    return {
-        name: (trace / bench.checkpoint.tensors[name].numel()).clamp(min=0).reshape(1)
-        for name, trace in zip(names, traces, strict=True)
-    }
+    positive = traces.clamp(min=0)
+    mean = positive.sum() / sum(tensors[name].numel() for name in names)
+    own = {name: trace / tensors[name].numel() for name, trace in zip(names, positive, strict=True)}
+    return {name: own.get(name, mean).reshape(1) for name in tensors}
 
 
 def modelopt_valued(bench: Bench, options: Options) -> dict[str, tuple[Option, ...]]:

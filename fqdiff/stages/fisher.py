@@ -339,9 +339,7 @@ def gather_runs(
     gain = None
     if config.window in (0, config.steps):  # else it is that of a piece of the run
         each = torch.cat([p.tensors["gain"] for p in parts]).flip(1)
-        sums = each.sum(dim=1)
-        mean = torch.einsum("n,ns->s", robust_weights(sums), each)
-        gain = SamplerGain(timesteps, mean, jackknife_error(each, sums), each)
+        gain = SamplerGain(timesteps, torch.einsum("n,ns->s", votes, each), jackknife_error(each, norms), each)
     weights = []
     if config.granularity == "weight":
         single = {name: values.float() for name, values in elements.items()}

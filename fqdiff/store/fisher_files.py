@@ -1,7 +1,7 @@
 """A Fisher table as Parquet files.
 
 ``fisher.parquet`` parameters, ``activations.parquet`` outputs of layers: one row per (tensor, timestep), sorted so.
-``trajectory.parquet`` the whole sampler: one row per parameter; ``gain.parquet`` its steps, one row each. ``weights-NNNN.parquet``
+``trajectory.parquet`` the whole sampler: one row per parameter; ``gain.parquet``: one per step. ``weights-NNNN.parquet``
 every single weight, one file per bin of timesteps and one row per parameter.
 """
 
