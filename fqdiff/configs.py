@@ -137,11 +137,12 @@ ELEMENT = "element"
 GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
 TARGETS = ("target_bpw", "target_bytes", "max_loss_increase")
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
-SCORES = ("fisher", "trajectory", "weight-mse", "random", "reverse", "uniform")
+RIVALS = ("hawq", "modelopt", "autoround")  # scores of others, which look at training images
+SCORES = ("fisher", "trajectory", "weight-mse", *RIVALS, "random", "reverse", "uniform")
 RANGES = ("min-max", "mse", "fisher", "percentile")
 ROUNDINGS = ("nearest", "squant")
 PREDICTORS = ("diagonal", "gram")
-TIMESTEP_WEIGHTS = ("uniform", "snr", "sampler")
+TIMESTEP_WEIGHTS = re.compile(r"uniform|snr|gain|sampler(:ddim[1-9][0-9]{0,8})?|at:[0-9]{1,9}")
 INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2")
 FITTED = (
     "ternary",
@@ -165,10 +166,10 @@ class PlanConfig:
 
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
     kept small, ``formats`` what there is to choose from, empty for the default, and ``ends`` the format of stem and head, empty
-    for any. ``predictor`` gram adds what errors do together; ``refine``: plans that may be measured, 0 for none. Both look at
-    ``calibration_samples`` images at each of ``calibration_timesteps``, or, for the trajectory score, sampler runs. With
-    ``phases`` of timesteps, tensors may be read with fewer bits in some, so that a timestep reads at most ``traffic_bpw`` bits
-    per weight, averaged over all; 0 for no such limit.
+    for any. ``predictor`` gram adds what errors do together; ``refine``: plans that may be measured, 0 for none. Both, and the
+    scores in RIVALS, look at ``calibration_samples`` images at each of ``calibration_timesteps``, or, for the trajectory score,
+    at sampler runs. With ``phases`` of timesteps, tensors may be read with fewer bits in some, so that a timestep reads at most
+    ``traffic_bpw`` bits per weight, averaged over all; 0 for no such limit.
     """
 
     strategy: str = "groups"
@@ -325,12 +326,10 @@ class PlanConfig:
             f"a score of '{self.score}' is no loss that could be limited",
             "use --score fisher or trajectory, or give a size",
         )
-        at = self.timestep_weights.removeprefix("at:")
         require(
-            self.timestep_weights in TIMESTEP_WEIGHTS
-            or (self.timestep_weights.startswith("at:") and at.isascii() and at.isdigit() and len(at) < 10),
+            TIMESTEP_WEIGHTS.fullmatch(self.timestep_weights) is not None,
             f"unknown timestep_weights '{self.timestep_weights}'",
-            f"one of: {', '.join(TIMESTEP_WEIGHTS)}, or at:T such as at:1",
+            "one of: uniform, snr, sampler, sampler:ddimN such as sampler:ddim20, gain, or at:T such as at:1",
         )
         require(
             self.timestep_weights == "uniform" or self.score not in ("trajectory", "weight-mse"),
@@ -350,12 +349,18 @@ class PlanConfig:
         self._check_phases(given)
         for name in calibration:
             require(1 <= getattr(self, name) <= 10_000, f"{name} is {getattr(self, name)}", "use 1 or more")
-        if not self.is_measured:
+        if not self.is_calibrated:
             unused = [name for name in calibration if getattr(self, name) != getattr(PlanConfig, name)]
             require(not unused, f"nothing looks at {', '.join(unused)}", "add --predictor gram or --refine 5")
+        if not self.is_measured:
             return
         require(
-            self.score in ("fisher", "trajectory"),
+            self.score not in RIVALS or self.predictor == "diagonal",
+            f"predictor gram measures what '{self.score}' guesses",
+            "use --score fisher or trajectory, or --refine instead of --predictor gram",
+        )
+        require(
+            self.score in ("fisher", "trajectory", *RIVALS),
             f"the rise that '{self.score}' predicts cannot be measured",
             "use --score fisher or trajectory, or leave predictor and refine out",
         )
@@ -406,6 +411,11 @@ class PlanConfig:
     def is_measured(self) -> bool:
         """Whether planning runs the network, on calibration inputs."""
         return self.predictor == "gram" or self.refine > 0
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether planning looks at calibration inputs: to measure, or for its score."""
+        return self.is_measured or self.score in RIVALS
 
     @property
     def ends_format(self) -> str:

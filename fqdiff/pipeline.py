@@ -68,8 +68,12 @@ STAGES: Mapping[str, Stage] = {
         "fqdiff.stages.validate:validate",
         ("checkpoint", "dataset", "empirical", "true", "trajectory"),
     ),
-    "plan": Stage("plan", "fqdiff.stages.plan:plan", ("checkpoint", "fisher", "dataset"), schema=2),
-    "quantize": Stage("quantized", "fqdiff.stages.quantize:quantize", ("checkpoint", "plan", "fisher")),
+    "plan": Stage(
+        "plan", "fqdiff.stages.plan:plan_by_gain", ("checkpoint", "fisher", "dataset", "trajectory"), schema=2
+    ),
+    "quantize": Stage(
+        "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")
+    ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
     "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),

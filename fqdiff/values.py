@@ -235,11 +235,26 @@ class WeightBin:
 
 
 @dataclass(frozen=True)
+class SamplerGain:
+    """What an error of eps at each step of a sampler becomes in its final image: E|J_s^T v|^2 / pixels, J_s = d x_0 / d eps_s.
+
+    An error of that step of squared norm e that points anywhere changes the image by ``mean`` * e. ``timesteps`` int64 [S],
+    increasing; ``mean`` and ``standard_error`` [S] are robust ones over runs, ``samples`` [N, S] those of each run; float64.
+    """
+
+    timesteps: Tensor
+    mean: Tensor
+    standard_error: Tensor
+    samples: Tensor
+
+
+@dataclass(frozen=True)
 class FisherTable:
     """Fisher diagonal per parameter and timestep. ``timesteps`` int64 [T], increasing; ``samples`` per timestep.
 
     ``activations`` holds the same for the output of each layer, keyed by layer name; ``trajectory`` what the whole sampler
-    run gives, for that kind; ``weights`` the single weights, where they were asked for.
+    run gives, for that kind, and ``gain`` how its steps amplify errors; ``weights`` the single weights, where they were asked
+    for.
     """
 
     kind: str
@@ -249,6 +264,7 @@ class FisherTable:
     activations: Mapping[str, FisherEntry] = field(default_factory=dict)
     trajectory: Mapping[str, TrajectoryEntry] = field(default_factory=dict)
     weights: Sequence[WeightBin] = ()
+    gain: SamplerGain | None = None
 
 
 @dataclass(frozen=True)

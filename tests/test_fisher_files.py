@@ -48,6 +48,9 @@ def test_a_table_survives_the_store(tables: dict[str, FisherTable], tmp_path: Pa
     loaded = load_fisher(tmp_path)
     assert (loaded.kind, loaded.samples) == (table.kind, table.samples)
     assert torch.equal(loaded.timesteps, table.timesteps)
+    assert (table.gain is None) == (loaded.gain is None) == (name != "trajectory")
+    if table.gain is not None:
+        close(table.gain, loaded.gain)
     for kind in ("entries", "activations", "trajectory"):
         measured, read = getattr(table, kind), getattr(loaded, kind)
         assert list(measured) == list(read)
@@ -163,6 +166,35 @@ def test_a_trajectory_that_is_none_is_refused(tables: dict[str, FisherTable], tm
         load_fisher(tmp_path)
 
 
+GAIN_ATTACKS: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "a step left out": lambda t: t.slice(1),
+    "other timesteps": column("timestep", lambda cells: [t + 1 for t in cells]),
+    "a negative gain": column("mean", first_to(-1.0)),
+    "an infinite error": column("standard_error", first_to(float("inf"))),
+    "NaN among the runs": column("sample", first_to([float("nan")] * 3)),
+    "a run less": column("sample", every([1.0, 1.0])),
+    "a run less at one step": column("sample", first_to([1.0, 1.0])),
+    "a column left out": lambda t: t.drop_columns(["sample"]),
+}
+
+
+@pytest.mark.parametrize("attack", GAIN_ATTACKS)
+def test_gains_that_are_none_are_refused(tables: dict[str, FisherTable], tmp_path: Path, attack: str) -> None:
+    save_fisher(tables["trajectory"], tmp_path)
+    path = tmp_path / "gain.parquet"
+    table = pq.read_table(path)
+    pq.write_table(GAIN_ATTACKS[attack](table).replace_schema_metadata(table.schema.metadata), path)
+    with pytest.raises(ArtifactCorrupt, match=r"gain\.parquet"):
+        load_fisher(tmp_path)
+
+
+def test_a_run_with_two_bins_of_weights_is_refused(tables: dict[str, FisherTable], tmp_path: Path) -> None:
+    save_fisher(tables["trajectory"], tmp_path)
+    (tmp_path / "weights-0001.parquet").write_bytes((tmp_path / "weights-0000.parquet").read_bytes())
+    with pytest.raises(ArtifactCorrupt, match="weights-0001"):
+        load_fisher(tmp_path)
+
+
 @pytest.mark.parametrize(
     "attack",
     {
@@ -182,7 +214,7 @@ def test_outputs_measured_elsewhere_are_refused(
         load_fisher(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["activations.parquet", "weights-0000.parquet", "trajectory.parquet"])
+@pytest.mark.parametrize("name", ["activations.parquet", "weights-0000.parquet", "trajectory.parquet", "gain.parquet"])
 def test_a_file_that_is_no_table_is_refused(tables: dict[str, FisherTable], tmp_path: Path, name: str) -> None:
     save_fisher(tables["weight"], tmp_path)
     (tmp_path / name).write_bytes(b"PAR1 nothing PAR1")

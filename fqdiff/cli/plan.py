@@ -18,7 +18,7 @@ from fqdiff.cli.plan_budget import (
 )
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
-from fqdiff.configs import FITTED, INTEGERS, RANGES, ROUNDINGS, SCALES, PlanConfig
+from fqdiff.configs import FITTED, INTEGERS, RANGES, RIVALS, ROUNDINGS, SCALES, PlanConfig
 from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def make(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="Fisher table, or checkpoint (for --uniform and --score weight-mse that is enough).",
+            help="Fisher table, or checkpoint (enough for --uniform, and for the scores weight-mse, hawq, modelopt, autoround).",
             show_default="the latest",
             metavar="[REF]",
         ),
@@ -82,7 +82,8 @@ def make(
     score: Annotated[
         str | None,
         typer.Option(
-            help="What is kept small: fisher, trajectory; or, for comparison, weight-mse, random, reverse, uniform.",
+            help="What is kept small: fisher, trajectory; or, for comparison, weight-mse, hawq, modelopt, autoround, random, "
+            "reverse, uniform.",
             show_default="trajectory for a trajectory table, else fisher",
             rich_help_panel=BUDGET,
         ),
@@ -90,7 +91,7 @@ def make(
     timestep_weights: Annotated[
         str | None,
         typer.Option(
-            help="How timesteps count: uniform, snr, sampler or at:T.",
+            help="How timesteps count: uniform, snr, sampler or sampler:ddimN, gain (of a trajectory table) or at:T.",
             show_default=PlanConfig.timestep_weights,
             rich_help_panel=BUDGET,
         ),
@@ -133,7 +134,7 @@ def make(
         int | None,
         typer.Option(
             min=1,
-            help="Timesteps that gram and --refine look at, denser near 0.",
+            help="Timesteps that gram, --refine and the scores hawq, modelopt and autoround look at, denser near 0.",
             show_default=f"{PlanConfig.calibration_timesteps}",
             rich_help_panel=BUDGET,
         ),
@@ -298,13 +299,14 @@ def make(
     from_file = session.tables().get("plan", {})
     strategy = choose_strategy(given, set(from_file))
     if (strategy or from_file.get("strategy")) == "budget":
-        inputs = plan_inputs(session, source, (score or from_file.get("score")) != "weight-mse")
-        table_of = inputs.get("fisher")
-        config = budget_config(session, flags, table_of)
-        if config.is_measured and config.score != "trajectory" and table_of is not None:
-            inputs["dataset"] = only_input(session, table_of, "dataset")
+        inputs = plan_inputs(session, source, (score or from_file.get("score")) not in ("weight-mse", *RIVALS))
+        config = budget_config(session, flags, inputs.get("fisher"))
+        if config.timestep_weights == "gain":
+            inputs |= gain_inputs(session, inputs)
+        if config.is_calibrated and config.score != "trajectory":
+            inputs["dataset"] = only_input(session, inputs.get("fisher") or inputs["checkpoint"], "dataset")
         if pareto is not None:
-            show_pareto(session, inputs["checkpoint"], table_of, config, parse_grid(pareto))
+            show_pareto(session, inputs, config, parse_grid(pareto))
             return
     else:
         foreign = sorted(given & READS_BUDGET)
@@ -317,7 +319,7 @@ def make(
         inputs = plan_inputs(session, source, config.strategy != "uniform")
         if config.strategy == "uniform":
             inputs.pop("fisher", None)
-    random = config.score == "random" or config.is_measured
+    random = config.score == "random" or config.is_calibrated
     step = Step("plan", inputs, config, session.seed if random else 0)
     manifest = session.make(step)
     if manifest is None:
@@ -394,6 +396,31 @@ def plan_inputs(session: Session, ref: str | None, needs_table: bool) -> "dict[s
         found = tables[-1]
         session.note(f"fisher: the latest of that checkpoint, {found.id}")
     return {"checkpoint": only_input(session, found, "checkpoint"), "fisher": found}
+
+
+def gain_inputs(session: Session, inputs: "dict[str, Manifest]") -> "dict[str, Manifest]":
+    """The latest trajectory table of the plan's checkpoint, for the gains that it holds; of a plan without a table, its table.
+
+    One that is the plan's table already is not given twice. Raises ArtifactNotFound.
+    """
+    table_of, checkpoint = inputs.get("fisher"), inputs["checkpoint"]
+    if table_of is not None and table_of.recipe.config.get("kind") == "trajectory":
+        return {}
+    found = [
+        m
+        for m in session.store.manifests("fisher")
+        if m.recipe.config.get("kind") == "trajectory"
+        and m.recipe.config.get("window") in (0, m.recipe.config.get("steps"))
+        and (i := m.input("checkpoint")) is not None
+        and i.id == checkpoint.id
+    ]
+    if not found:
+        raise ArtifactNotFound(
+            f"no trajectory Fisher table of checkpoint {checkpoint.id} has measured the sampler's gain",
+            f"fqdiff fisher {checkpoint.id} --kind trajectory",
+        )
+    session.note(f"gain: of the latest trajectory table of that checkpoint, {found[-1].id}")
+    return {"fisher" if table_of is None else "trajectory": found[-1]}
 
 
 def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:

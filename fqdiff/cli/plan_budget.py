@@ -1,12 +1,13 @@
 """What ``fqdiff plan`` has for budgets: targets as flags, the table of a plan, and Pareto curves."""
 
 import math
+from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fqdiff.cli.session import Session
 from fqdiff.cli.show import byte_count, mebibytes, table
-from fqdiff.configs import PlanConfig
+from fqdiff.configs import RIVALS, PlanConfig
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,11 +58,10 @@ def parse_grid(text: str) -> list[float]:
     return [start + k * step for k in range(math.floor((stop - start) / step + 1e-9) + 1)]
 
 
-def show_pareto(
-    session: Session, checkpoint: "Manifest", fisher: "Manifest | None", config: PlanConfig, grid: list[float]
-) -> None:
+def show_pareto(session: Session, inputs: "Mapping[str, Manifest]", config: PlanConfig, grid: list[float]) -> None:
     """Predicted rise and size of the best plan at every point of ``grid``; no artifact."""
     from fqdiff.planning.plans import make_offer, pareto
+    from fqdiff.planning.scores import with_gain
 
     if session.name is not None or session.dry_run:
         raise ConfigError("--pareto makes no artifact", "leave --name and --dry-run out")
@@ -70,17 +70,13 @@ def show_pareto(
     if config.is_measured:
         raise ConfigError("--pareto shows the diagonal's predictions", "leave --predictor and --refine out")
     runner = session.runner
-    offer = make_offer(
-        runner.load(checkpoint),
-        runner.load(fisher) if fisher is not None else None,
-        config,
-        session.seed,
-        runner.context,
-    )
+    values = {role: runner.load(manifest) for role, manifest in inputs.items()}
+    table_of = with_gain(values.get("fisher"), values.get("trajectory"))
+    offer = make_offer(values["checkpoint"], table_of, config, session.seed, runner.context, values.get("dataset"))
     points = pareto(offer, config, grid, runner.context)
     data = {
-        "checkpoint": checkpoint.id,
-        "fisher": fisher.id if fisher is not None else None,
+        "checkpoint": inputs["checkpoint"].id,
+        "fisher": inputs["fisher"].id if "fisher" in inputs else None,
         "score": config.score,
         "timestep_weights": config.timestep_weights,
         "points": [vars(point) for point in points],
@@ -162,6 +158,8 @@ def facts_text(value: "Plan") -> list[str]:
     facts = [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}{best}"]
     unit = "steps x {} sampler runs" if b.score == "trajectory" else "timesteps x {} training images"
     calibration = f"{b.calibration_timesteps} {unit.format(b.calibration_samples)}"
+    if b.score in RIVALS:
+        facts.append(f"score {b.score} looked at {calibration}")
     if b.swaps is not None and b.diagonal is not None:
         gain = 1 - b.predicted / b.diagonal if b.diagonal > 0 else 0.0
         facts.append(

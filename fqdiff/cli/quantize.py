@@ -97,6 +97,8 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
         table = only_input(session, plan_manifest, "fisher")
         if table.recipe.config.get("granularity") == "weight":
             inputs["fisher"] = table
+            if plan_manifest.input("trajectory") is not None:
+                inputs["trajectory"] = only_input(session, plan_manifest, "trajectory")
     config = session.settings("quantize", QuantizeConfig, {}, **flags)
     seed = session.seed if config.bias_correction != "none" else 0  # nothing else is random
     return Step("quantize", inputs, config, seed)

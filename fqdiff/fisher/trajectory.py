@@ -4,6 +4,9 @@ One weight error acts at all steps, so that its effects add up coherently: F = E
 J_s^T v is the gradient that reaches the weights at step s. Quantizing by d then changes the image by about sum_i F_i d_i^2
 (squared, summed over pixels), to second order and without terms between weights.
 
+The same pass tells what the sampler makes of an error of eps at step s, wherever it comes from: with J_s = d x_0 / d eps_s, the
+network in the loop, E|J_s^T v|^2 = |J_s|_F^2 (Hutchinson), which divided by the pixels is the **gain** of step s.
+
 The states x_s of the run are kept (one image each) and every step is computed again on the way back: memory does not grow with
 steps times activations (Chen et al. 2016, arXiv:1604.06174).
 Shapes: R runs of one batch, S steps, O output channels.
@@ -30,7 +33,7 @@ class Runs:
 
     ``total`` [R, O]: channel means for the whole run. ``step`` [R, S, O]: for each step alone. ``largest`` [R, S]: largest
     element at each step. ``elements`` [*shape]: of the whole run, divided by the run's sum over all parameters, summed over runs.
-    ``norms`` [R]: that sum.
+    ``norms`` [R]: that sum. ``gain`` [R, S]: |J_s^T v|^2 / pixels, to the end of the window.
     """
 
     total: dict[str, Tensor]
@@ -38,6 +41,7 @@ class Runs:
     largest: dict[str, Tensor]
     elements: dict[str, Tensor]
     norms: Tensor
+    gain: Tensor
 
 
 def windows(steps: int, window: int) -> list[range]:
@@ -62,22 +66,25 @@ def measure_runs(
     plan = list(sampling_steps(spec.noise_schedule(), steps))
     predict = predict_noise(spec, network)
 
-    def step(x: Tensor, index: int) -> Tensor:
+    def step(x: Tensor, index: int, error: Tensor | None = None) -> Tensor:
         t, abar, abar_next, _ = plan[index]
-        return ddim_update(x, predict(x, torch.full((len(x),), t, device=device)), abar, abar_next)
+        eps = predict(x, torch.full((len(x),), t, device=device))
+        return ddim_update(x, eps if error is None else eps + error, abar, abar_next)
 
     states = []
     with torch.no_grad():
         for index in range(steps):
             states.append(x)
             x = step(x, index)
-    result = Runs({}, {}, {}, {}, torch.zeros(len(runs), dtype=torch.float64))
+    zeros = torch.zeros(len(runs), dtype=torch.float64)
+    result = Runs({}, {}, {}, {}, zeros, torch.zeros(len(runs), steps, dtype=torch.float64))
     squares: dict[str, Tensor] = {}  # [R, *shape] of the whole run, windows summed
     for cut, v in zip(reversed(cuts), reversed(cotangents), strict=True):
         coherent: dict[str, Tensor] = {}  # [R, *shape]: gradients summed over the window's steps
         direction = moved(v, device)
         for index in reversed(cut):
             at = states[index].detach().requires_grad_(True)
+            error = torch.zeros_like(at).requires_grad_(True)  # of eps: its gradient is J_s^T v
 
             def on_parameter(
                 name: str, pieces: Pieces, index: int = index, coherent: dict[str, Tensor] = coherent
@@ -88,11 +95,13 @@ def measure_runs(
 
             per_sample_backward(
                 network,
-                lambda at=at, index=index: step(at, index),  # type: ignore[misc]
+                lambda at=at, index=index, error=error: step(at, index, error),  # type: ignore[misc]
                 lambda _, direction=direction: direction,  # type: ignore[misc]
                 on_parameter,
             )
             assert at.grad is not None
+            assert error.grad is not None
+            result.gain[:, index] = error.grad.cpu().double().square().flatten(1).mean(dim=1)
             direction = at.grad
         for name, gradient in coherent.items():
             square = gradient.cpu().double().square()

@@ -20,32 +20,58 @@ from fqdiff.planning.knapsack import Array
 from fqdiff.planning.quadratic import Quadratic
 from fqdiff.planning.scores import timestep_weights
 from fqdiff.sensitivity.gram import gram
-from fqdiff.sensitivity.inputs import draw_inputs
+from fqdiff.sensitivity.inputs import Inputs, draw_inputs
 from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.sensitivity.measure import replaced
 from fqdiff.sensitivity.probes import ImageProbe, NoiseProbe, Probe, attributed_rise
-from fqdiff.values import Checkpoint, Dataset, FisherTable
+from fqdiff.values import Checkpoint, Dataset, FisherTable, SamplerGain
 
 LABEL = "plan calibration"
 
 
-def calibration_timesteps(weighting: str, schedule: NoiseSchedule, count: int) -> tuple[Tensor, Tensor]:
+def calibration_timesteps(
+    weighting: str, schedule: NoiseSchedule, count: int, gain: SamplerGain | None = None
+) -> tuple[Tensor, Tensor]:
     """Timesteps int64, increasing, at most ``count``, and the weight of each, float64, all as :func:`timestep_weights` sums.
 
     Each is the middle of a stratum, with the weights of all of it. Strata widen with t, as (k / count)^2: errors grow by
     orders of magnitude toward t = 0. Those of a sampler's steps are all alike.
     """
-    wanted, weights = timestep_weights(weighting, schedule)
-    power = 1 if weighting == "sampler" else 2
+    wanted, weights = timestep_weights(weighting, schedule, gain)
+    power = 1 if weighting == "gain" or weighting.startswith("sampler") else 2
     edges = (len(wanted) * torch.linspace(0, 1, count + 1, dtype=torch.float64) ** power).round().long().unique()
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(dim=0)])[edges]
     return wanted[(edges[:-1] + edges[1:]) // 2], sums.diff()
 
 
+def calibration_inputs(
+    checkpoint: Checkpoint, dataset: Dataset | None, table: FisherTable | None, config: PlanConfig, seed: int
+) -> Inputs:
+    """Training images of ``dataset``, noised: ``calibration_samples`` at each of ``calibration_timesteps``.
+
+    ``table`` holds the gains of timestep weights by gain. Raises ConfigError or DataError without images that fit.
+    """
+    spec = checkpoint.spec
+    if dataset is None:
+        raise ConfigError(
+            "a plan that runs the network needs training images", "give the data set that the model was trained on"
+        )
+    if tuple(dataset.images.shape[1:]) != spec.image_shape:
+        raise DataError(
+            f"images of shape {tuple(dataset.images.shape[1:])} for a network of {spec.image_shape}",
+            "take the data set that the model was trained on",
+        )
+    gain = table.gain if table is not None else None
+    steps, weights = calibration_timesteps(
+        config.timestep_weights, spec.noise_schedule(), config.calibration_timesteps, gain
+    )
+    return draw_inputs(dataset.train, spec, steps, weights, config.calibration_samples, seed, LABEL)
+
+
 def make_probe(
     checkpoint: Checkpoint,
     dataset: Dataset | None,
-    table: FisherTable,
+    table: FisherTable | None,
     config: PlanConfig,
     seed: int,
     device: torch.device,
@@ -54,18 +80,11 @@ def make_probe(
 
     Runs take as many steps as those of the trajectory table. Raises ConfigError or DataError without images that fit.
     """
-    spec = checkpoint.spec
     if config.score == "trajectory":
-        return ImageProbe(spec, len(table.timesteps), config.calibration_samples, seed, LABEL, device)
-    if dataset is None:
-        raise ConfigError("a plan that is measured needs training images", "give the data set of the Fisher table")
-    if tuple(dataset.images.shape[1:]) != spec.image_shape:
-        raise DataError(
-            f"images of shape {tuple(dataset.images.shape[1:])} for a network of {spec.image_shape}",
-            "take the data set that the model was trained on",
-        )
-    steps, weights = calibration_timesteps(config.timestep_weights, spec.noise_schedule(), config.calibration_timesteps)
-    inputs = draw_inputs(dataset.train, spec, steps, weights, config.calibration_samples, seed, LABEL)
+        assert table is not None
+        steps = len(table.timesteps)
+        return ImageProbe(checkpoint.spec, steps, config.calibration_samples, seed, LABEL, device)
+    inputs = calibration_inputs(checkpoint, dataset, table, config, seed)
     return NoiseProbe(tuple(inputs.parts(config.calibration_samples)), device)
 
 

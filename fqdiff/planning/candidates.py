@@ -87,6 +87,31 @@ def make_options(
 ) -> dict[str, tuple[Option, ...]]:
     """Options of every parameter: ``ways`` for tensors of two axes or more, casts for biases and norms.
 
+    Of several ranges the one of least value. The arguments are those of :func:`every_option`.
+    """
+    every = every_option(tensors, axes, ways, importance, weights, context)
+    return {name: best_ranges(options) for name, options in every.items()}
+
+
+def best_ranges(options: Iterable[Option]) -> tuple[Option, ...]:
+    """Of options that differ in nothing but the range the one of least value, the first of several."""
+    kept: dict[Description, Option] = {}
+    for option in options:
+        if option.description not in kept or option.value < kept[option.description].value:
+            kept[option.description] = option
+    return tuple(kept.values())
+
+
+def every_option(
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    ways: Ways,
+    importance: Importance,
+    weights: Mapping[str, Tensor],
+    context: Context,
+) -> dict[str, tuple[Option, ...]]:
+    """Options of every parameter, in every range.
+
     ``importance`` [1], [O] or of the parameter's shape: an option's value is the sum of importance * error^2. ``weights``:
     Fisher values that ranges and codebooks are fitted to, where they are known. What overflows is no option. Raises
     QuantizationError for NaN and infinity, ConfigError for group sizes that do not divide.
@@ -96,8 +121,8 @@ def make_options(
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise QuantizationError(f"'{name}' holds NaN or infinity", "check the checkpoint it came from")
-            best: dict[Description, Option] = {}
             chosen: dict[Description, Tensor | None] = {}  # kept elements: the same for all ranges
+            options = []
             for description, span in tensor_ways(name, tensor, axes[name], ways):
                 option = Option(description, span, ways.rounding, stored_bytes(*description), 0.0)
                 try:
@@ -106,12 +131,11 @@ def make_options(
                     stored = option.stored(tensor, weights.get(name), chosen[description])
                 except QuantizationError:  # the tensor is finite: it overflows the cast, or its scales do
                     continue
-                option = replace(option, value=predicted_value(tensor, stored, axes[name], importance[name]))
-                if description not in best or option.value < best[description].value:
-                    best[description] = option
-            if not best:
+                value = predicted_value(tensor, stored, axes[name], importance[name])
+                options.append(replace(option, value=value))
+            if not options:
                 raise QuantizationError(f"'{name}' can be stored in none of {', '.join(ways.formats)}", "add float32")
-            found[name] = tuple(best.values())
+            found[name] = tuple(options)
             bar.update()
     return found
 

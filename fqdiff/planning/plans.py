@@ -7,13 +7,22 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fqdiff.configs import FITTED, INTEGERS, PlanConfig
+from fqdiff.configs import FITTED, INTEGERS, RIVALS, PlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError
 from fqdiff.models.registry import build, output_axes, parameter_blocks
-from fqdiff.planning import budget, scores
-from fqdiff.planning.calibration import Calibration, make_probe
-from fqdiff.planning.candidates import FLOATS, KEPT_SHARES, Market, Ways, make_options
+from fqdiff.planning import budget, rivals, scores
+from fqdiff.planning.calibration import Calibration, calibration_inputs, make_probe
+from fqdiff.planning.candidates import (
+    FLOATS,
+    KEPT_SHARES,
+    Market,
+    Option,
+    Ways,
+    best_ranges,
+    every_option,
+    make_options,
+)
 from fqdiff.planning.knapsack import total
 from fqdiff.planning.quadratic import separate
 from fqdiff.planning.refine import Found, refine, solve
@@ -30,7 +39,8 @@ UNLIMITED = 2**62
 class Offer:
     """What can be bought: a market, each parameter's block and Fisher value (empty without a table), and what is fixed.
 
-    ``weights``: Fisher values of single weights that ranges and codebooks are fitted to, where they are known.
+    ``weights``: Fisher values of single weights that ranges and codebooks are fitted to, where they are known. ``timesteps``:
+    how many the score has looked at, 0 for one that has not.
     """
 
     market: Market
@@ -38,6 +48,7 @@ class Offer:
     fisher: Mapping[str, float]
     ends: Mapping[str, str]
     weights: Mapping[str, Tensor]
+    timesteps: int = 0
 
     @property
     def parameters(self) -> int:
@@ -56,12 +67,17 @@ class Point:
 
 
 def make_offer(
-    checkpoint: Checkpoint, table: FisherTable | None, config: PlanConfig, seed: int, context: Context
+    checkpoint: Checkpoint,
+    table: FisherTable | None,
+    config: PlanConfig,
+    seed: int,
+    context: Context,
+    dataset: Dataset | None = None,
 ) -> Offer:
     """Every parameter in every format of ``config.formats``, valued by ``config.score``.
 
-    Raises ConfigError where the score needs another table, LineageError for a table of another model, NumericalError and
-    QuantizationError for NaN.
+    The scores in RIVALS look at training images of ``dataset``, drawn by ``seed``. Raises ConfigError where the score needs
+    another table or images, LineageError for a table of another model, NumericalError and QuantizationError for NaN.
     """
     network = build(checkpoint.spec.architecture, "meta")
     blocks, axes = parameter_blocks(network), output_axes(network)
@@ -69,16 +85,23 @@ def make_offer(
         get_format(name)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     measured = measured_importance(checkpoint, table, config, shapes)
-    if config.score in ("random", "reverse"):
-        importance = scores.exchanged(measured, config.score, seed)
-    elif config.score == "weight-mse":
-        importance = {name: torch.ones(1, dtype=torch.float64) for name in shapes}
-    else:
-        importance = measured
     weights = fitted_weights(table, config, checkpoint)
     if config.by_element and not weights:
         raise ConfigError("elements cannot be told apart by this table", "fqdiff fisher --granularity weight")
-    options = make_options(checkpoint.tensors, axes, ways(config, bool(weights)), importance, weights, context)
+    timesteps = 0
+    if config.score in RIVALS:
+        inputs = calibration_inputs(checkpoint, dataset, table, config, seed)
+        timesteps = len(inputs.t.unique())
+        bench = rivals.Bench(checkpoint, inputs, config.calibration_samples, weights, seed, context)
+        options = rival_options(bench, axes, ways(config, bool(weights)), config.score)
+    else:
+        if config.score in ("random", "reverse"):
+            importance = scores.exchanged(measured, config.score, seed)
+        elif config.score == "weight-mse":
+            importance = {name: torch.ones(1, dtype=torch.float64) for name in shapes}
+        else:
+            importance = measured
+        options = make_options(checkpoint.tensors, axes, ways(config, bool(weights)), importance, weights, context)
     market = Market(model_description(checkpoint.spec), options)
     ends = {name: config.ends_format for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS}
     if config.ends_format:
@@ -86,7 +109,19 @@ def make_offer(
     fisher = {name: 2 * float(values.mean()) for name, values in measured.items()}
     if config.predictor == "gram":
         market = market.worthwhile()
-    return Offer(market, blocks, fisher, ends if config.ends_format else {}, weights)
+    return Offer(market, blocks, fisher, ends if config.ends_format else {}, weights, timesteps)
+
+
+def rival_options(
+    bench: rivals.Bench, axes: Mapping[str, int], offered: Ways, score: str
+) -> dict[str, tuple[Option, ...]]:
+    """Options valued by one of RIVALS: by an importance, or one by one."""
+    tensors, context = bench.checkpoint.tensors, bench.context
+    if score == "hawq":
+        return make_options(tensors, axes, offered, rivals.hawq_importance(bench), bench.weights, context)
+    equal = {name: torch.ones(1, dtype=torch.float64) for name in tensors}
+    every = every_option(tensors, axes, offered, equal, bench.weights, context)
+    return {name: best_ranges(options) for name, options in rivals.VALUED[score](bench, every).items()}
 
 
 def ways(config: PlanConfig, single_weights: bool) -> Ways:
@@ -116,23 +151,29 @@ def fitted_weights(table: FisherTable | None, config: PlanConfig, checkpoint: Ch
     if table is None or not table.weights or unused:
         return {}
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
-    return scores.fisher_importance(table, config.timestep_weights, checkpoint.spec.noise_schedule(), shapes)
+    return scores.table_importance(table, table_weighting(table, config), checkpoint.spec.noise_schedule(), shapes)
+
+
+def table_weighting(table: FisherTable, config: PlanConfig) -> str:
+    """The timestep weights that ``table`` is read with; those of a rival score are no matter of a trajectory table's."""
+    rival_beside_runs = config.score in RIVALS and scores.default_score(table.kind) == "trajectory"
+    return "uniform" if rival_beside_runs else config.timestep_weights
 
 
 def measured_importance(
     checkpoint: Checkpoint, table: FisherTable | None, config: PlanConfig, shapes: scores.Shapes
 ) -> dict[str, Tensor]:
-    """The importance that the table gives; empty without a table, which only weight-mse can do without."""
+    """The importance that the table gives; empty without a table, which only weight-mse and RIVALS can do without."""
     if table is None:
-        if config.score != "weight-mse":
+        if config.score not in ("weight-mse", *RIVALS):
             raise ConfigError(f"score '{config.score}' needs Fisher values", "run fqdiff fisher first")
         return {}
-    score = config.score if config.score in ("fisher", "trajectory") else scores.default_score(table.kind)
-    if score == "trajectory":
-        if config.timestep_weights != "uniform":
-            raise ConfigError("a trajectory table has no timesteps to weight", "leave --timestep-weights out")
+    schedule = checkpoint.spec.noise_schedule()
+    if config.score == "trajectory":
         return scores.trajectory_importance(table, shapes)
-    return scores.fisher_importance(table, config.timestep_weights, checkpoint.spec.noise_schedule(), shapes)
+    if config.score == "fisher":
+        return scores.fisher_importance(table, config.timestep_weights, schedule, shapes)
+    return scores.table_importance(table, table_weighting(table, config), schedule, shapes)
 
 
 def target_bytes(config: PlanConfig, parameters: int) -> int | None:
@@ -210,6 +251,8 @@ def make_plan(
         lower_bound=choice.lower_bound if config.predictor == "diagonal" else None,
         constraint=choice.constraint,
         predictor=config.predictor,
+        calibration_timesteps=offer.timesteps,
+        calibration_samples=config.calibration_samples if offer.timesteps else 0,
     )
     if measured is not None:
         facts = replace(
@@ -238,7 +281,6 @@ def find_measured(
     Raises ConfigError without a size to fit or without images, DataError for images that do not fit.
     """
     target = target_bytes(config, offer.parameters)
-    assert table is not None
     assert target is not None
     probe = make_probe(checkpoint, dataset, table, config, seed, context.device)
     calibration = Calibration(checkpoint, offer.market, offer.weights, probe, context)

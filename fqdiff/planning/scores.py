@@ -1,10 +1,12 @@
 """What a plan tries to keep small: for every weight, by how much an error of it is expected to hurt.
 
 A score of a tensor is an importance per output channel I_c >= 0; a weight error d is valued sum_c I_c * sum of d^2 within c.
+Where the table has single weights, each of them has its own. For scores of others see :mod:`fqdiff.planning.rivals`.
 Shapes: T timesteps of a table, K timesteps asked for, O output channels.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
 from fqdiff.sensitivity.predictions import at_timesteps, sampler_weights
-from fqdiff.values import FisherTable, WeightBin
+from fqdiff.values import FisherTable, SamplerGain, WeightBin
 
 SAMPLER_STEPS = 50
 MIN_SNR = 5.0
@@ -26,26 +28,52 @@ def default_score(kind: str) -> str:
     return "trajectory" if kind == "trajectory" else "fisher"
 
 
-def timestep_weights(name: str, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+def with_gain(table: FisherTable | None, trajectory: FisherTable | None) -> FisherTable | None:
+    """``table`` with the gains of the sampler's steps that a ``trajectory`` table has, for the timestep weights ``gain``."""
+    return table if table is None or trajectory is None else replace(table, gain=trajectory.gain)
+
+
+def timestep_weights(name: str, schedule: NoiseSchedule, gain: SamplerGain | None = None) -> tuple[Tensor, Tensor]:
     """Timesteps int64 [K], increasing, and the weight of each, float64 [K]; SNR_t = abar_t / (1 - abar_t).
 
     ``uniform``: 1 / T each. ``snr``: min(SNR_t, 5) / SNR_t, scaled to a sum of 1: an error of eps_t moves the x_0 that it
     implies by 1 / SNR_t of its square; that, but never more than a fifth (min-SNR, Hang et al. 2023, arXiv:2303.09556).
-    ``sampler``: c_t^2 at the steps of DDIM-50, see :func:`sampler_weights`. ``at:T``: one timestep.
+    ``sampler:ddimN``: c_t^2 at the steps of DDIM-N, see :func:`sampler_weights`; ``sampler``: of DDIM-50. ``gain``: at the steps
+    of a trajectory, what an error of eps there becomes in the final image, as measured. ``at:T``: one timestep.
     """
     total = schedule.num_train_timesteps
+    if name == "gain":
+        if gain is None:
+            raise ConfigError(
+                "timestep weights by gain need a trajectory table that has measured it",
+                "run fqdiff fisher --kind trajectory without --window; an older table: with --force",
+            )
+        return gain.timesteps, gain.mean
     if name == "sampler":
         return sampler_weights(schedule, min(SAMPLER_STEPS, total))
+    if name.startswith("sampler:ddim"):
+        return sampler_weights(schedule, int(name.removeprefix("sampler:ddim")))
     if name.startswith("at:"):
         t = int(name.removeprefix("at:"))
         if t >= total:
             raise ConfigError(f"timestep {t} of a model that has {total}", f"use at:0 to at:{total - 1}")
         return torch.tensor([t]), torch.ones(1, dtype=torch.float64)
+    if name not in ("uniform", "snr"):
+        raise ConfigError(f"unknown timestep weights '{name}'", "make the plan again")
     weights = torch.ones(total, dtype=torch.float64)
     if name == "snr":
         abar = schedule.alphas_cumprod
         weights = (MIN_SNR * (1 - abar) / abar).clamp(max=1)
     return torch.arange(total), weights / weights.sum()
+
+
+def table_importance(table: FisherTable, weighting: str, schedule: NoiseSchedule, shapes: Shapes) -> dict[str, Tensor]:
+    """What a table of any kind says of every parameter: :func:`trajectory_importance` or :func:`fisher_importance`."""
+    if default_score(table.kind) == "trajectory":
+        if weighting != "uniform":
+            raise ConfigError("a trajectory table has no timesteps to weight", "leave --timestep-weights out")
+        return trajectory_importance(table, shapes)
+    return fisher_importance(table, weighting, schedule, shapes)
 
 
 def fisher_importance(
@@ -61,7 +89,7 @@ def fisher_importance(
     if table.kind == "trajectory":
         raise ConfigError("the trajectory table knows no loss by timestep", "use --score trajectory")
     check_parameters(table.entries.keys(), shapes)
-    wanted, weights = timestep_weights(weighting, schedule)
+    wanted, weights = timestep_weights(weighting, schedule, table.gain)
     inside = interval_of(wanted, phase[1], schedule.num_train_timesteps) == phase[0]
     wanted, weights = wanted[inside], weights[inside]
     if table.weights:
@@ -96,13 +124,18 @@ def single_weights(bins: Sequence[WeightBin], wanted: Tensor, weights: Tensor) -
 
 
 def trajectory_importance(table: FisherTable, shapes: Shapes) -> dict[str, Tensor]:
-    """1/2 F_c of the sampler's whole run of every parameter, float64 [O]: what half the squared image error rises by."""
+    """1/2 F of the sampler's whole run of every parameter: what half the squared image error rises by.
+
+    float64 [O], or [1] from a table without channels; of single weights float32, shaped like the parameter.
+    """
     if not table.trajectory:
         raise ConfigError(
             f"the {table.kind} Fisher table holds no sampler run",
             "use --score fisher, or fqdiff fisher --kind trajectory",
         )
     check_parameters(table.trajectory.keys(), shapes)
+    if table.weights:
+        return checked({name: 0.5 * values for name, values in table.weights[0].read().items()}, shapes)
     rows = table.trajectory.items()
     means = {n: torch.tensor([e.mean], dtype=torch.float64) for n, e in rows if not len(e.channel)}
     return checked({n: 0.5 * means.get(n, e.channel.double()) for n, e in rows}, shapes)

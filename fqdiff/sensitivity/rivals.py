@@ -5,7 +5,7 @@ Shapes: B inputs, K candidates.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fqdiff.sensitivity.inputs import Inputs
 from fqdiff.sensitivity.measure import replaced
 
 SETTLED = 1e-3  # relative change of the mean that ends Hutchinson's draws
-Quantized = Mapping[str, Sequence[tuple[int, Tensor]]]  # tensor -> (candidate, its weight) of each of its candidates
+Quantized = Mapping[str, Iterable[tuple[int, Tensor]]]  # tensor -> (candidate, its weight) of each of its candidates
 
 
 def weight_mse(weight: Tensor, quantized: Tensor) -> float:
@@ -71,22 +71,24 @@ def modelopt_scores(
     """Sum over inputs and elements of (dl/dY * dY)^2, dY what quantizing a layer does to its output; float64 [count].
 
     NVIDIA ModelOpt's ``auto_quantize`` score. All formats in one backward pass. Per input, where theirs squares gradients of a
-    batch's mean loss: the same but for the factor 1 / batch^2. To be added up over batches.
+    batch's mean loss: the same but for the factor 1 / batch^2. To be added up over batches, for each of which candidates are
+    gone through once.
     """
     scores = torch.zeros(count, dtype=torch.float64)
     hooks = []
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in quantized)
+    twins = {path: copy.deepcopy(network.get_submodule(path)) for path in paths}  # without hooks
     for name, ways in quantized.items():
         path, _, parameter = name.rpartition(".")
         layer = network.get_submodule(path)
-        twin = copy.deepcopy(layer)  # without the hook
 
         def watch(
             module: nn.Module,
             args: tuple[Tensor, ...],
             output: Tensor,
-            twin: nn.Module = twin,
+            twin: nn.Module = twins[path],
             parameter: str = parameter,
-            ways: Sequence[tuple[int, Tensor]] = ways,
+            ways: Iterable[tuple[int, Tensor]] = ways,
         ) -> None:
             arguments, plain = tuple(a.detach() for a in args), output.detach()
 

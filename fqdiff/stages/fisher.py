@@ -35,7 +35,16 @@ from fqdiff.fisher.timesteps import BATCH, Layout, Measured, Task, measure, task
 from fqdiff.fisher.trajectory import Runs, measure_runs
 from fqdiff.fisher.workers import Workers, workers
 from fqdiff.models.registry import build, output_axes, parameter_blocks
-from fqdiff.values import Checkpoint, Dataset, FisherEntry, FisherTable, ModelSpec, TrajectoryEntry, WeightBin
+from fqdiff.values import (
+    Checkpoint,
+    Dataset,
+    FisherEntry,
+    FisherTable,
+    ModelSpec,
+    SamplerGain,
+    TrajectoryEntry,
+    WeightBin,
+)
 
 UNITS = 64  # a run is kept about so many times
 UNIT_SAMPLES = 128  # and not before so many samples
@@ -197,7 +206,7 @@ def runs_of(job: Job, unit: Unit, pool: Workers, bar: Bar) -> Part:
     for numbers, runs in zip(todo, pool.map(work, todo), strict=True):
         found.append(runs)
         bar.update(len(numbers))
-    tensors = {"norms": torch.cat([runs.norms for runs in found])}
+    tensors = {key: torch.cat([getattr(runs, key) for runs in found]) for key in ("norms", "gain")}
     for name in found[0].total:
         for key in ("total", "step", "largest"):
             tensors[f"{key}/{name}"] = torch.cat([getattr(runs, key)[name] for runs in found])
@@ -298,7 +307,7 @@ def gather_runs(
     blocks: Mapping[str, str],
     numel: Mapping[str, int],
 ) -> FisherTable:
-    """The robust mean over all runs, of the whole run and of each step."""
+    """The robust mean over all runs, of the whole run and of each step; single weights too: their means are the channels'."""
     norms = torch.cat([p.tensors["norms"] for p in parts])
     votes = robust_weights(norms)
     # Steps run from noise to image, tables from small t to large.
@@ -327,8 +336,12 @@ def gather_runs(
             channel[:0] if config.granularity == "tensor" else channel,
             samples,
         )
+    gain = None
+    if config.window in (0, config.steps):  # else it is that of a piece of the run
+        each = torch.cat([p.tensors["gain"] for p in parts]).flip(1)
+        gain = SamplerGain(timesteps, torch.einsum("n,ns->s", votes, each), jackknife_error(each, norms), each)
     weights = []
     if config.granularity == "weight":
         single = {name: values.float() for name, values in elements.items()}
         weights = [WeightBin(int(timesteps[0]), int(timesteps[-1]), lambda: single)]
-    return FisherTable(config.kind, timesteps, config.samples, entries, {}, whole, weights)
+    return FisherTable(config.kind, timesteps, config.samples, entries, {}, whole, weights, gain)

@@ -18,7 +18,7 @@ from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import find_measured, make_offer, make_plan
-from fqdiff.planning.scores import fisher_importance
+from fqdiff.planning.scores import fisher_importance, with_gain
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import (
     CASTS,
@@ -44,6 +44,19 @@ Values = Mapping[str, Tensor]  # Fisher values that a threshold is held against:
 Rule = tuple[tuple[float, ...], str]  # thresholds, falling, one fewer than formats, and where they come from
 
 
+def plan_by_gain(
+    checkpoint: Checkpoint,
+    fisher: FisherTable | None,
+    dataset: Dataset | None,
+    trajectory: FisherTable | None,
+    config: PlanConfig,
+    seed: int,
+    context: Context,
+) -> Plan:
+    """:func:`plan`; for timestep weights by gain, ``trajectory`` is the table that has measured it."""
+    return plan(checkpoint, with_gain(fisher, trajectory), dataset, config, seed, context)
+
+
 def plan(
     checkpoint: Checkpoint,
     fisher: FisherTable | None,
@@ -56,10 +69,10 @@ def plan(
 
     Raises ConfigError for a timestep that the table lacks, a group size that does not divide or a budget that nothing fits,
     LineageError for a table of other parameters. ``seed`` shuffles the random score. ``dataset`` is only looked at by predictor
-    gram and refine; its training images and ``seed`` make their calibration inputs.
+    gram, refine and the rival scores; its training images and ``seed`` make their calibration inputs.
     """
     if config.strategy == "budget":
-        offer = make_offer(checkpoint, fisher, config, seed, context)
+        offer = make_offer(checkpoint, fisher, config, seed, context, dataset)
         if config.phases > 1:
             assert fisher is not None
             return make_phased_plan(checkpoint, fisher, offer, config, context)

@@ -8,11 +8,24 @@ from fqdiff.calibration.bias import correct_bias
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
-from fqdiff.planning.scores import fisher_importance
+from fqdiff.planning.scores import default_score, table_importance, with_gain
 from fqdiff.quant.elements import choose_kept
 from fqdiff.quant.formats import get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
 from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint
+
+
+def quantize_by_gain(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    fisher: FisherTable | None,
+    trajectory: FisherTable | None,
+    config: QuantizeConfig,
+    seed: int,
+    context: Context,
+) -> QuantizedCheckpoint:
+    """:func:`quantize`; where the plan weighted timesteps by gain, ``trajectory`` is the table that it took the gains from."""
+    return quantize(checkpoint, plan, with_gain(fisher, trajectory), config, seed, context)
 
 
 def quantize(
@@ -44,7 +57,10 @@ def quantize(
                 "the plan fits ranges to Fisher values of single weights, and they are gone", "fqdiff plan"
             )
         weighting = plan.budget.timestep_weights if plan.budget is not None else plan.timestep_weights
-        weights = fisher_importance(fisher, weighting, checkpoint.spec.noise_schedule(), shapes)
+        of_runs = default_score(fisher.kind) == "trajectory"
+        weights = table_importance(
+            fisher, "uniform" if of_runs else weighting, checkpoint.spec.noise_schedule(), shapes
+        )
     packed = {}
     with context.progress(len(plan.entries), "quantize", "tensor") as bar:
         for e in plan.entries:

@@ -1,8 +1,8 @@
 """A Fisher table as Parquet files.
 
 ``fisher.parquet`` parameters, ``activations.parquet`` outputs of layers: one row per (tensor, timestep), sorted so.
-``trajectory.parquet`` the whole sampler: one row per parameter. ``weights-NNNN.parquet`` every single weight, one file per bin
-of timesteps and one row per parameter.
+``trajectory.parquet`` the whole sampler: one row per parameter; ``gain.parquet``: one per step. ``weights-NNNN.parquet``
+every single weight, one file per bin of timesteps and one row per parameter.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from fqdiff.store.fields import mapping, text
 from fqdiff.store.files import parse_json, plain_size, readable
 from fqdiff.store.parquet import unpacked_size
-from fqdiff.values import FisherEntry, FisherTable, TrajectoryEntry, WeightBin
+from fqdiff.values import FisherEntry, FisherTable, SamplerGain, TrajectoryEntry, WeightBin
 
 LOSS = "1/2 * sum over pixels (noise - eps_pred)^2"
 FLOATS = pa.list_(pa.field("element", pa.float32()))
@@ -53,6 +53,14 @@ WEIGHTS_SCHEMA = pa.schema(
         ("value", FLOATS),
     ]
 )
+GAIN_SCHEMA = pa.schema(
+    [
+        ("timestep", pa.int16()),
+        ("mean", pa.float64()),
+        ("standard_error", pa.float64()),
+        ("sample", pa.list_(pa.field("element", pa.float64()))),
+    ]
+)
 NAMES = ("tensor", "block")  # read as dictionaries: they then take the space that they take in the file
 
 
@@ -67,6 +75,8 @@ def save_fisher(value: FisherTable, directory: Path) -> None:
         _write(_rows(value, value.activations), directory / "activations.parquet", facts)
     if value.trajectory:
         _write(_trajectory_rows(value), directory / "trajectory.parquet", facts)
+    if value.gain is not None:
+        _write(_gain_rows(value.gain), directory / "gain.parquet", facts)
     for number, one in enumerate(value.weights):
         _write(_weight_rows(one), directory / f"weights-{number:04}.parquet", facts)
 
@@ -125,6 +135,16 @@ def _trajectory_rows(value: FisherTable) -> pa.Table:
     return pa.table(columns, schema=TRAJECTORY_SCHEMA)
 
 
+def _gain_rows(gain: SamplerGain) -> pa.Table:
+    columns = {
+        "timestep": pa.array(gain.timesteps.numpy(), pa.int16()),
+        "mean": pa.array(gain.mean.numpy()),
+        "standard_error": pa.array(gain.standard_error.numpy()),
+        "sample": pa.array(list(gain.samples.T.numpy()), GAIN_SCHEMA.field("sample").type),
+    }
+    return pa.table(columns, schema=GAIN_SCHEMA)
+
+
 def _weight_rows(one: WeightBin) -> pa.Table:
     tensors = one.read()
     columns = {
@@ -163,15 +183,22 @@ def load_fisher(directory: Path) -> FisherTable:
     if _there(path):
         with readable(path, "a trajectory Fisher table"):
             trajectory = _trajectory_entries(_read(path, TRAJECTORY_SCHEMA)[1], entries, samples)
-    weights = []
+    gain = None
+    path = directory / "gain.parquet"
+    if _there(path):
+        with readable(path, "a table of gains"):
+            gain = _gain(_read(path, GAIN_SCHEMA)[1], timesteps, samples)
+    weights: list[WeightBin] = []
     for path in sorted(directory.glob("weights-*.parquet")):
         with readable(path, "a table of single weights"):
             table = _read(path, WEIGHTS_SCHEMA, ["tensor", "first_timestep", "last_timestep"])[1]
             first, last = (table[key].unique().to_pylist() for key in ("first_timestep", "last_timestep"))
             if len(first) != 1 or len(last) != 1 or not 0 <= first[0] <= last[0]:
                 raise ValueError("its timesteps make no sense")
+            if trajectory and weights:
+                raise ValueError("a trajectory has its weights in one bin, that of the whole run")
             weights.append(WeightBin(first[0], last[0], partial(_read_weights, path, entries)))
-    return FisherTable(kind, timesteps, samples, entries, activations, trajectory, tuple(weights))
+    return FisherTable(kind, timesteps, samples, entries, activations, trajectory, tuple(weights), gain)
 
 
 def _there(path: Path) -> bool:
@@ -262,6 +289,18 @@ def _trajectory_entries(table: pa.Table, entries: Mapping[str, FisherEntry], run
     if found.keys() != entries.keys() or len(found) < table.num_rows:
         raise ValueError("its parameters are not those of fisher.parquet, once each")
     return found
+
+
+def _gain(table: pa.Table, timesteps: Tensor, runs: int) -> SamplerGain:
+    """One row per step of the table's ``timesteps``, each of ``runs`` runs. Raises ValueError where it is anything else."""
+    if table["timestep"].to_pylist() != timesteps.tolist():
+        raise ValueError("its timesteps are not those of fisher.parquet")
+    mean, error = (torch.tensor(np.asarray(table[key])) for key in ("mean", "standard_error"))
+    samples = _equal_lists(table["sample"], "runs")
+    if samples.shape[1] != runs:
+        raise ValueError(f"it has {samples.shape[1]} runs, not {runs}")
+    _check_values([mean, error, samples], "gain")
+    return SamplerGain(timesteps, mean, error, samples.T)
 
 
 def _read_weights(path: Path, entries: Mapping[str, FisherEntry]) -> dict[str, Tensor]:
