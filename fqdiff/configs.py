@@ -463,16 +463,23 @@ BIAS_CORRECTIONS = ("none", "static", "timestep")
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How biases make up for what rounding does to the mean of a layer's output; the plan says all the rest.
+    """What makes up for rounding; the plan says all the rest.
 
-    ``static``: one correction for all timesteps. ``timestep``: also one for each of ``bias_intervals`` intervals of them, which
-    adds to the file. Both look at ``calibration_images`` DDIM runs of ``calibration_steps`` steps of the full-precision model.
+    ``bias_correction``: how biases make up for what rounding does to the mean of a layer's output. ``static``: one correction
+    for all timesteps. ``timestep``: also one for each of ``bias_intervals`` intervals of them, which adds to the file.
+    Both look at ``calibration_images`` DDIM runs of ``calibration_steps`` steps of the full-precision model.
+
+    ``distill``: so many optimizer steps on all that is stored, on ``distill_batch`` inputs each, to predict what the
+    full-precision model predicts; ``distill_rate``: how far a step moves a weight, in steps of its grid.
     """
 
     bias_correction: str = "none"
     bias_intervals: int = 10
     calibration_images: int = 32
     calibration_steps: int = 20
+    distill: int = 0
+    distill_batch: int = 32
+    distill_rate: float = 0.02
 
     def __post_init__(self) -> None:
         known = f"one of: {', '.join(BIAS_CORRECTIONS)}"
@@ -485,6 +492,20 @@ class QuantizeConfig:
                 getattr(self, name) == getattr(QuantizeConfig, name),
                 f"bias correction '{self.bias_correction}' has no use for {name}",
                 "leave it out",
+            )
+        require(self.distill >= 0, f"distill is {self.distill}", "use 0 or more steps, e.g. 1000")
+        require(self.distill_batch >= 1, f"distill_batch is {self.distill_batch}", "use 1 or more, e.g. 32")
+        require(0 < self.distill_rate <= 1, f"distill_rate is {self.distill_rate}", "use 0.001 to 1, e.g. 0.02")
+        require(
+            not self.distill or self.bias_correction == "none",
+            "distillation trains biases as well; nothing is left to correct",
+            "leave out --bias-correction or --distill",
+        )
+        for name in ("distill_batch", "distill_rate"):
+            require(
+                self.distill > 0 or getattr(self, name) == getattr(QuantizeConfig, name),
+                f"{name} without distillation",
+                "add --distill STEPS, or leave it out",
             )
 
 

@@ -109,7 +109,7 @@ def model_description(spec: ModelSpec) -> dict[str, object]:
     return {"architecture": dict(spec.architecture), "schedule": spec.schedule, "prediction": spec.prediction}
 
 
-def predict_noise(spec: ModelSpec, network: nn.Module) -> PredictNoise:
+def predict_noise(spec: ModelSpec, network: PredictNoise) -> PredictNoise:
     """eps_pred(x_t, t) of ``network``, whichever quantity its output stands for."""
     if spec.prediction == "eps":
         return network

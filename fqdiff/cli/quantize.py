@@ -49,6 +49,24 @@ def quantize(
         int | None,
         typer.Option(min=1, help="DDIM steps of each.", show_default=f"{QuantizeConfig.calibration_steps}"),
     ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Train all that is stored for so many steps to predict what the full-precision model predicts.",
+            show_default=f"{QuantizeConfig.distill}",
+        ),
+    ] = None,
+    distill_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs of each step.", show_default=f"{QuantizeConfig.distill_batch}"),
+    ] = None,
+    distill_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="How far a step moves a weight, in steps of its grid.", show_default=f"{QuantizeConfig.distill_rate}"
+        ),
+    ] = None,
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
@@ -59,6 +77,9 @@ def quantize(
         bias_intervals=bias_intervals,
         calibration_images=calibration_images,
         calibration_steps=calibration_steps,
+        distill=distill,
+        distill_batch=distill_batch,
+        distill_rate=distill_rate,
     )
     manifest = session.make(step)
     if manifest is None:
@@ -100,5 +121,5 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
             if plan_manifest.input("trajectory") is not None:
                 inputs["trajectory"] = only_input(session, plan_manifest, "trajectory")
     config = session.settings("quantize", QuantizeConfig, {}, **flags)
-    seed = session.seed if config.bias_correction != "none" else 0  # nothing else is random
+    seed = session.seed if config.bias_correction != "none" or config.distill else 0  # nothing else is random
     return Step("quantize", inputs, config, seed)

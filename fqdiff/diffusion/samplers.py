@@ -39,7 +39,7 @@ def sampling_steps(schedule: NoiseSchedule, num_inference_steps: int) -> Iterato
         yield t, alphas_cumprod[i], alphas_cumprod[i + 1], i == len(timesteps) - 1
 
 
-def predict_image(x: Tensor, eps: Tensor, alpha_cumprod: float, clip: bool) -> Tensor:
+def predict_image(x: Tensor, eps: Tensor, alpha_cumprod: float | Tensor, clip: bool) -> Tensor:
     """x_0 that x_t and eps_pred imply (Ho et al. 2020, eq. 15), clipped to the image range [-1, 1] if asked."""
     image: Tensor = (x - (1 - alpha_cumprod) ** 0.5 * eps) / alpha_cumprod**0.5
     return image.clamp(-1, 1) if clip else image
@@ -64,10 +64,13 @@ def ddpm(
         yield t, x
 
 
-def ddim_update(x: Tensor, eps: Tensor, abar: float, abar_next: float, std: float = 0.0, clip: bool = True) -> Tensor:
+def ddim_update(
+    x: Tensor, eps: Tensor, abar: float | Tensor, abar_next: float | Tensor, std: float = 0.0, clip: bool = True
+) -> Tensor:
     """Where one DDIM step takes x_t, before its step noise (Song et al. 2021, eq. 12).
 
-    eps is recomputed from the clipped image, so that x stays on the line between image and noise.
+    eps is recomputed from the clipped image, so that x stays on the line between image and noise. ``abar`` may be tensors that
+    x is broadcast with, one number for each image.
     """
     image = predict_image(x, eps, abar, clip)
     eps = (x - abar**0.5 * image) / (1 - abar) ** 0.5

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fqdiff.calibration.bias import correct_bias
+from fqdiff.calibration.distill import distill
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
@@ -38,15 +39,18 @@ def quantize(
 ) -> QuantizedCheckpoint:
     """``checkpoint`` packed as ``plan`` says, to the byte; timestep biases, where asked for, come on top.
 
-    ``fisher`` is the plan's own table, where it fits ranges to it. Biases are corrected on calibration inputs drawn with
-    ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is missing, ConfigError for
-    biases to correct with phases, QuantizationError on NaN or overflow.
+    ``fisher`` is the plan's own table, where it fits ranges to it. Biases are corrected, and all that is stored distilled, on
+    sampler runs drawn with ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is
+    missing, ConfigError for either with phases, QuantizationError on NaN or overflow.
     """
-    if config.bias_correction != "none" and any(get_format(e.format).phase_bits for e in plan.entries):
-        raise ConfigError(
-            "the means that biases correct differ from phase to phase",
-            "leave --bias-correction out, or plan without phases",
-        )
+    if any(get_format(e.format).phase_bits for e in plan.entries):
+        if config.bias_correction != "none":
+            raise ConfigError(
+                "the means that biases correct differ from phase to phase",
+                "leave --bias-correction out, or plan without phases",
+            )
+        if config.distill:
+            raise ConfigError("phases cannot be distilled", "leave --distill out, or plan without phases")
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")
@@ -69,6 +73,8 @@ def quantize(
             kept = choose_kept(tensor, fmt, granularity, weight, plan.kept_by)
             packed[e.parameter] = pack_tensor(tensor, fmt, granularity, e.range, e.rounding, weight, kept)
             bar.update()
+    if config.distill:
+        packed = distill(checkpoint, packed, config, seed, context)
     if config.bias_correction == "none":
         return QuantizedCheckpoint(checkpoint.spec, packed)
     return QuantizedCheckpoint(checkpoint.spec, *correct_bias(checkpoint, packed, config, seed, context))

@@ -1,0 +1,239 @@
+"""Distillation: train what a packed model stores until it predicts the noise that the full-precision one predicts.
+
+No images are needed and no layout changes: the inputs are those of sampler runs of the full-precision model, and codes, scales,
+codebooks, biases and norms move (:mod:`fqdiff.quant.trainable`), so that the file keeps its size to the byte. After
+quantization-aware distillation for diffusion models (EfficientDM, He et al. 2024, arXiv:2310.03270, without its adapters).
+
+The runs never end, so that no input comes twice: B walkers each follow a DDIM run of their own, staggered in t; one forward
+pass of the full-precision model gives the targets of a step and moves all walkers on.
+
+Shapes: B walkers, C channels, H W pixels.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fqdiff.configs import QuantizeConfig
+from fqdiff.context import Context, Part
+from fqdiff.diffusion.samplers import PredictNoise, ddim_update
+from fqdiff.diffusion.schedule import NoiseSchedule
+from fqdiff.errors import ConfigError, NumericalError
+from fqdiff.quant.packed import PackedTensor
+from fqdiff.quant.trainable import TrainableTensor, trainable
+from fqdiff.rng import generator
+from fqdiff.values import Checkpoint, ModelSpec, predict_noise
+
+RUN_STEPS = 32  # DDIM steps of one walk from noise to image
+GRID_RATE = 0.05  # learning rate of scales, codebooks, biases and norms, relative to that of the weights behind codes
+BETAS = (0.9, 0.99)
+
+
+@dataclass
+class Walkers:
+    """``x`` float32 [B, C, H, W]; ``position`` int64 [B], steps done, up to RUN_STEPS; ``offset`` float64 [B] of each run's
+    timesteps in their strides; ``runs``: begun so far.
+    """
+
+    x: Tensor
+    position: Tensor
+    offset: Tensor
+    runs: int = 0
+
+    @classmethod
+    def begin(cls, spec: ModelSpec, count: int, seed: int) -> "Walkers":
+        """``count`` walkers before their first step, each to be noise when its turn comes."""
+        new = cls(
+            torch.zeros(count, *spec.image_shape),
+            torch.zeros(count, dtype=torch.int64),
+            torch.zeros(count, dtype=torch.float64),
+        )
+        for b in range(count):
+            new.restart(b, seed)
+        return new
+
+    def restart(self, b: int, seed: int) -> None:
+        """Walker b at the noise of (seed, "distill", number of the run)."""
+        draw = generator(seed, "distill", self.runs)
+        self.x[b] = torch.randn(self.x.shape[1:], generator=draw)
+        self.offset[b] = torch.rand(1, generator=draw, dtype=torch.float64)
+        self.position[b] = 0
+        self.runs += 1
+
+    def timesteps(self, total: int, ahead: int = 0) -> Tensor:
+        """Where each walker is after ``ahead`` more steps, int64 [B]; -1 past the end."""
+        place = RUN_STEPS - 1 - (self.position + ahead) + self.offset
+        found = (place * total / RUN_STEPS).floor().long()
+        return torch.where(self.position + ahead < RUN_STEPS, found, -1)
+
+    def move(self, eps: Tensor, abar: Tensor, abar_next: Tensor, seed: int) -> None:
+        """One DDIM step (eta = 0) for all; those at the end begin anew."""
+        self.x = ddim_update(self.x, eps, abar, abar_next)
+        self.position += 1
+        for b in (self.position == RUN_STEPS).nonzero().flatten().tolist():
+            self.restart(b, seed)
+
+
+@dataclass
+class Distillation:
+    """Everything that a step changes. ``losses``: of each step done."""
+
+    tensors: Mapping[str, TrainableTensor]
+    optimizer: torch.optim.Adam
+    walkers: Walkers
+    losses: list[float] = field(default_factory=list)
+
+
+def distill(
+    checkpoint: Checkpoint, packed: Mapping[str, PackedTensor], config: QuantizeConfig, seed: int, context: Context
+) -> dict[str, PackedTensor]:
+    """``packed`` after ``config.distill`` steps of Adam, in the same formats. A stopped run goes on.
+
+    The loss is 1/2 |eps_q - eps|^2, summed over pixels, mean over walkers. Raises NumericalError where it is no number.
+    """
+    spec, device = checkpoint.spec, context.device
+    teacher = checkpoint.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    predict, schedule = predict_noise(spec, teacher), spec.noise_schedule()
+    state = begin(checkpoint, packed, config, seed, device)
+    saved = context.parts.load("distill")
+    if saved is not None:
+        restore(state, saved)
+    else:
+        stagger(state.walkers, predict, schedule, seed, device)
+    last_save = time.monotonic()
+    with context.progress(config.distill, "distill", "step") as bar, context.soft_stop() as stop_requested:
+        bar.update(len(state.losses))
+        while len(state.losses) < config.distill:
+            distill_step(state, teacher, spec, schedule, config, seed, device)
+            bar.update()
+            recent = state.losses[-50:]
+            bar.show(f"noise error {sum(recent) / len(recent):.4f}")
+            stopping = stop_requested()
+            if stopping or time.monotonic() - last_save >= context.save_interval:
+                context.parts.save("distill", snapshot(state))
+                last_save = time.monotonic()
+            if stopping:
+                raise KeyboardInterrupt
+    return {name: module.cpu().packed() for name, module in state.tensors.items()}
+
+
+def begin(
+    checkpoint: Checkpoint,
+    packed: Mapping[str, PackedTensor],
+    config: QuantizeConfig,
+    seed: int,
+    device: torch.device,
+) -> Distillation:
+    """Before the first step. Learning rates are in steps of each tensor's grid, which formats make unlike."""
+    tensors = {name: trainable(checkpoint.tensors[name], p).to(device) for name, p in packed.items()}
+    groups: list[dict[str, Any]] = []
+    for module in tensors.values():
+        rate = config.distill_rate * module.step
+        groups.append({"params": [module.weight], "lr": rate * (GRID_RATE if module.start.format.is_cast else 1.0)})
+        if module.grid is not None:
+            groups.append({"params": [module.grid], "lr": rate * GRID_RATE})
+    for group in groups:
+        group["first"] = group["lr"]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    return Distillation(tensors, optimizer, Walkers.begin(checkpoint.spec, config.distill_batch, seed))
+
+
+def stagger(walkers: Walkers, predict: PredictNoise, schedule: NoiseSchedule, seed: int, device: torch.device) -> None:
+    """Spread the walkers evenly over a run: walker b of B is let go after b / B of it."""
+    count = len(walkers.x)
+    for step in range(RUN_STEPS - 1):
+        walking = torch.arange(count) * RUN_STEPS <= step * count
+        before = walkers.x.clone(), walkers.position.clone()
+        eps, abar, abar_next = teach(walkers, predict, schedule, device)
+        walkers.move(eps, abar, abar_next, seed)
+        walkers.x[~walking], walkers.position[~walking] = before[0][~walking], before[1][~walking]
+
+
+def teach(
+    walkers: Walkers, predict: PredictNoise, schedule: NoiseSchedule, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the full-precision model predicts, float32 [B, C, H, W], and abar of this timestep and the next [B, 1, 1, 1]."""
+    total = schedule.num_train_timesteps
+    t, following = walkers.timesteps(total), walkers.timesteps(total, ahead=1)
+    with torch.inference_mode():
+        eps = predict(walkers.x.to(device), t.to(device)).cpu()
+    abar = schedule.alphas_cumprod[t].float()
+    abar_next = torch.where(following >= 0, schedule.alphas_cumprod[following.clamp(min=0)].float(), torch.ones(len(t)))
+    return eps.clone(), abar[:, None, None, None], abar_next[:, None, None, None]
+
+
+def distill_step(
+    state: Distillation,
+    teacher: nn.Module,
+    spec: ModelSpec,
+    schedule: NoiseSchedule,
+    config: QuantizeConfig,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """One optimizer step on where the walkers are, and one step of theirs. Rates fall to 0 by half a cosine."""
+    walkers = state.walkers
+    t = walkers.timesteps(schedule.num_train_timesteps)
+    eps, abar, abar_next = teach(walkers, predict_noise(spec, teacher), schedule, device)
+    x = walkers.x.to(device, memory_format=torch.channels_last)
+
+    def student(x: Tensor, t: Tensor) -> Tensor:
+        found: Tensor = functional_call(teacher, {name: module() for name, module in state.tensors.items()}, (x, t))
+        return found
+
+    with torch.enable_grad():
+        predicted = predict_noise(spec, student)(x, t.to(device))
+        loss = 0.5 * (predicted - eps.to(device)).square().sum() / len(t)
+    if not math.isfinite(loss.item()):
+        raise NumericalError(f"the noise error is {loss.item()} at step {len(state.losses)}", "lower --distill-rate")
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["first"] * 0.5 * (1 + math.cos(math.pi * len(state.losses) / config.distill))
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    state.optimizer.step()
+    state.losses.append(loss.item())
+    walkers.move(eps, abar, abar_next, seed)
+
+
+def snapshot(state: Distillation) -> Part:
+    """Everything as plain tensors."""
+    tensors = {f"{name}/{k}": v for name, module in state.tensors.items() for k, v in module.state_dict().items()}
+    for index, values in state.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
+    walkers = state.walkers
+    tensors |= {"x": walkers.x, "position": walkers.position, "offset": walkers.offset}
+    tensors["losses"] = torch.tensor(state.losses, dtype=torch.float64)
+    return Part({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"runs": walkers.runs})
+
+
+def restore(state: Distillation, part: Part) -> None:
+    """Put ``part`` into a fresh ``state``, in place. Raises ConfigError where it does not fit."""
+    try:
+        tensors, runs = part.tensors, part.data["runs"]
+        if not isinstance(runs, int):
+            raise ValueError(f"{runs} runs")
+        for name, module in state.tensors.items():
+            module.load_state_dict({k: tensors[f"{name}/{k}"] for k in module.state_dict()})
+        optimizer = state.optimizer.state_dict()
+        optimizer["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                optimizer["state"].setdefault(int(index), {})[name] = value
+        state.optimizer.load_state_dict(optimizer)
+        walkers = state.walkers
+        for name in ("x", "position", "offset"):
+            getattr(walkers, name).copy_(tensors[name])
+        walkers.runs = runs
+        state.losses[:] = tensors["losses"].tolist()
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"the saved distillation is of another recipe ({reason})", "start over with --force"
+        ) from None
