@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fqdiff.quant.codebooks import looked_up, nearest_entry
+from fqdiff.quant.formats import scales_of
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
 from fqdiff.quant.packing import pack, unpack
 from fqdiff.quant.qparams import QParams, fixed_zero_point, from_rows, group_rows, quantize
@@ -58,7 +59,7 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TrainableTensor(nn.Module):
-    """One packed tensor. Calling it gives its values, float32; :meth:`packed` the tensor that has just these.
+    """One packed tensor without kept elements. Calling it gives its values, float32; :meth:`packed` the tensor that has just these.
 
     ``weight``: what is rounded, shaped as the values are, for a cast, or [G, n]. ``grid``: scale [G] or codebook [G, K]; None for
     casts and float8, whose scale stays. ``step``: how far apart neighbouring values are, on average.
@@ -66,8 +67,9 @@ class TrainableTensor(nn.Module):
 
     def __init__(self, tensor: Tensor, packed: PackedTensor) -> None:
         super().__init__()
-        fmt, granularity = packed.format, packed.granularity
+        fmt, granularity = packed.format, scales_of(packed.granularity)
         self.start = packed
+        self.granularity = granularity
         self.grid: nn.Parameter | None = None
         if fmt.is_cast:
             self.weight = nn.Parameter(tensor.clone())
@@ -119,12 +121,12 @@ class TrainableTensor(nn.Module):
                 inside = torch.minimum(torch.maximum(self.weight / scale, -zero_point), fmt.qmax - zero_point)
                 codes = inside.detach().round()
             rows = _Rounded.apply(inside, codes) * scale  # type: ignore[no-untyped-call]
-        return from_rows(rows, self.start.shape, self.start.granularity)
+        return from_rows(rows, self.start.shape, self.granularity)
 
     @torch.no_grad()
     def packed(self) -> PackedTensor:
         """The tensor in its format, byte for byte as large as before."""
-        fmt, granularity, shape = self.start.format, self.start.granularity, self.start.shape
+        fmt, granularity, shape = self.start.format, self.granularity, self.start.shape
         if fmt.is_cast:
             return PackedTensor(fmt, granularity, shape, {"data": self.weight.detach().to(fmt.dtype, copy=True)})
         grid, parts = self.stored_grid().detach(), dict(self.start.parts)

@@ -11,7 +11,7 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
 from fqdiff.planning.scores import default_score, table_importance, with_gain
 from fqdiff.quant.elements import choose_kept
-from fqdiff.quant.formats import get_format, parse_granularity
+from fqdiff.quant.formats import PerElement, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
 from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint
 
@@ -41,7 +41,7 @@ def quantize(
 
     ``fisher`` is the plan's own table, where it fits ranges to it. Biases are corrected, and all that is stored distilled, on
     sampler runs drawn with ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is
-    missing, ConfigError for either with phases, QuantizationError on NaN or overflow.
+    missing, ConfigError for either with phases, for distilling kept elements, QuantizationError on NaN or overflow.
     """
     if any(get_format(e.format).phase_bits for e in plan.entries):
         if config.bias_correction != "none":
@@ -51,6 +51,8 @@ def quantize(
             )
         if config.distill:
             raise ConfigError("phases cannot be distilled", "leave --distill out, or plan without phases")
+    if config.distill and any(isinstance(parse_granularity(e.granularity), PerElement) for e in plan.entries):
+        raise ConfigError("kept elements cannot be distilled", "leave --distill out, or plan without elements")
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")
