@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
+from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED
+from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
@@ -28,6 +30,7 @@ from fqdiff.values import (
     Budget,
     Checkpoint,
     ClassifierWeights,
+    Comparison,
     Dataset,
     FidResult,
     ModelSpec,
@@ -44,6 +47,7 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 PLAN_SCHEMA = 3
+COMPARISON_SCHEMA = 1
 LABEL_LIMIT = 65_536
 
 
@@ -362,6 +366,36 @@ def load_metrics(directory: Path) -> FidResult:
         return record(FidResult, read_json(path))
 
 
+def save_comparison(value: Comparison, directory: Path) -> None:
+    _write_json(directory / "comparison.json", {"schema": COMPARISON_SCHEMA, **asdict(value)})
+
+
+def load_comparison(directory: Path) -> Comparison:
+    path = directory / "comparison.json"
+    with readable(path, "a comparison"):
+        data = dict(mapping(read_json(path)))
+        if data.pop("schema", None) != COMPARISON_SCHEMA:
+            raise ValueError(f"it is not of schema {COMPARISON_SCHEMA}, which this fqdiff reads")
+        value = record(Comparison, data)
+        _check_comparison(value)
+        return value
+
+
+def _check_comparison(value: Comparison) -> None:
+    roles = {BASELINE, FLOOR, *(f"model{k}" for k in range(1, len(value.measures) + 1))}
+    metrics = {*PAIRED, *DISTRIBUTION}
+    measured = {(m.metric, m.of) for m in value.measures}
+    compared = {(d.metric, d.of, d.against) for d in value.differences}
+    if len(measured) < len(value.measures) or len(compared) < len(value.differences):
+        raise ValueError("it states something twice")
+    if any(metric not in metrics or role not in roles for metric, role in measured):
+        raise ValueError("it measures something unknown")
+    if any({(metric, of), (metric, against)} - measured for metric, of, against in compared):
+        raise ValueError("it compares what it did not measure")
+    if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
+        raise ValueError("it has a verdict or a p-value that cannot be")
+
+
 CODECS: Mapping[str, Codec] = {
     "dataset": Codec(save_dataset, load_dataset),
     "checkpoint": Codec(save_checkpoint, load_checkpoint),
@@ -372,4 +406,5 @@ CODECS: Mapping[str, Codec] = {
     "samples": Codec(save_samples, load_samples),
     "features": Codec(save_features, load_features),
     "metrics": Codec(save_metrics, load_metrics),
+    "comparison": Codec(save_comparison, load_comparison),
 }

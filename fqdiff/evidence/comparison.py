@@ -1,0 +1,179 @@
+"""Every metric of several sets of images, what resampling them does to it, and which differences are more than chance.
+
+Shapes: N images in every set and in the reference, D features, R resamples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import combinations
+
+from torch import Tensor
+
+from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
+from fqdiff.evidence.inception_score import inception_score, inception_score_draws
+from fqdiff.evidence.kernel import kernel_distance, kernel_draws
+from fqdiff.evidence.neighbours import manifold_draws, manifold_values
+from fqdiff.evidence.paired import feature_distance, image_mse, psnr, ssim
+from fqdiff.evidence.resampling import mean_draws
+
+BASELINE, FLOOR = "baseline", "floor"
+PAIRED = ("image_mse", "psnr", "ssim", "feature_distance")
+MANIFOLD = ("precision", "recall", "density", "coverage")
+DISTRIBUTION = ("fid", "kid", *MANIFOLD, "inception_score")
+LOWER_IS_BETTER = ("image_mse", "feature_distance", "fid", "kid")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images uint8 [N, C, H, W], their features [N, D], class probabilities [N, K] if known, and how often each resample
+    draws each image: int32 [R, N].
+    """
+
+    images: Tensor
+    features: Tensor
+    probabilities: Tensor | None
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric's ``value``, and its ``draws`` float64 [R], one of each resample."""
+
+    value: float
+    draws: Tensor
+
+    @property
+    def standard_error(self) -> float:
+        """The draws' standard deviation. Their mean is of no use: resampling adds the bias of a finite sample once more."""
+        return float(self.draws.std())
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of the images ``of`` one role, with its standard error and interval. Of paired metrics: against the baseline."""
+
+    metric: str
+    of: str
+    value: float
+    standard_error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric ``of`` one role minus that of ``against``, its interval, and whether it is chance.
+
+    ``p``: two-sided; ``adjusted_p``: after Holm's correction over all pairs of the metric. ``verdict``: one of VERDICTS, on
+    ``of``. ``images_needed``: with how many images a difference of this size would be told; None for no number.
+    """
+
+    metric: str
+    of: str
+    against: str
+    difference: float
+    standard_error: float
+    low: float
+    high: float
+    p: float
+    adjusted_p: float
+    verdict: str
+    images_needed: int | None
+
+
+Results = Mapping[str, Mapping[str, Resampled]]  # by metric, then by role
+
+
+def paired_metrics(one: ImageSet, baseline: ImageSet) -> dict[str, Resampled]:
+    """The means of PAIRED between image k of both sets, over all k."""
+    values = {
+        "image_mse": image_mse(one.images, baseline.images),
+        "psnr": psnr(one.images, baseline.images),
+        "ssim": ssim(one.images, baseline.images),
+        "feature_distance": feature_distance(one.features, baseline.features),
+    }
+    return {name: Resampled(float(v.mean()), mean_draws(v, one.counts)) for name, v in values.items()}
+
+
+def kernel_metrics(real: ImageSet, sets: Sequence[ImageSet], tick: Callable[[int], None]) -> list[Resampled]:
+    """KID of each of ``sets``; ``tick`` is told of each."""
+    draws = kernel_draws(real.features, real.counts, [(s.features, s.counts) for s in sets], tick)
+    return [
+        Resampled(kernel_distance(real.features, s.features), d) for s, d in zip(sets, draws.unbind(dim=1), strict=True)
+    ]
+
+
+def manifold_metrics(real: ImageSet, fake: ImageSet) -> dict[str, Resampled]:
+    """MANIFOLD of one set."""
+    draws = astuple(manifold_draws(real.features, real.counts, fake.features, fake.counts))
+    values = manifold_values(real.features, fake.features)
+    return {name: Resampled(v, d) for name, v, d in zip(MANIFOLD, values, draws, strict=True)}
+
+
+def score_metric(one: ImageSet) -> dict[str, Resampled]:
+    """The Inception score, where class probabilities are known."""
+    if one.probabilities is None:
+        return {}
+    draws = inception_score_draws(one.probabilities, one.counts)
+    return {"inception_score": Resampled(inception_score(one.probabilities), draws)}
+
+
+def measures(results: Results, level: float) -> tuple[Measure, ...]:
+    """One row for each metric and role; the intervals are normal ones of ``level``."""
+    rows = []
+    for metric in _in_order(results):
+        for role, found in results[metric].items():
+            half = half_width(found.standard_error, level)
+            rows.append(
+                Measure(metric, role, found.value, found.standard_error, found.value - half, found.value + half)
+            )
+    return tuple(rows)
+
+
+def differences(
+    results: Results, models: Sequence[str], full_precision_of: Sequence[str], images: int, level: float
+) -> tuple[Difference, ...]:
+    """One row for each metric and pair of roles: models against the baseline, models against each other, floor against baseline.
+
+    Against the baseline a paired metric has no difference: it is one. Holm's correction is over the pairs of a metric; the
+    floor, which is no question about the models, stays out.
+    """
+    rows: list[Difference] = []
+    for metric in _in_order(results):
+        by_role = results[metric]
+        against_baseline = [] if metric in PAIRED else [(m, BASELINE) for m in models]
+        pairs = against_baseline + [(b, a) for a, b in combinations(models, 2)]
+        ps = [p_value(*_difference(by_role, *pair)) for pair in pairs]
+        for pair, p, adjusted in zip(pairs, ps, holm(ps), strict=True):
+            own = pair[1] == BASELINE and pair[0] in full_precision_of
+            rows.append(_row(metric, by_role, pair, p, adjusted, own, images, level))
+        if FLOOR in by_role and metric not in PAIRED:
+            p = p_value(*_difference(by_role, FLOOR, BASELINE))
+            rows.append(_row(metric, by_role, (FLOOR, BASELINE), p, p, True, images, level))
+    return tuple(rows)
+
+
+def _in_order(results: Results) -> list[str]:
+    return [metric for metric in (*PAIRED, *DISTRIBUTION) if metric in results]
+
+
+def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tuple[float, float]:
+    a, b = by_role[of], by_role[against]
+    return a.value - b.value, float((a.draws - b.draws).std())
+
+
+def _row(
+    metric: str,
+    by_role: Mapping[str, Resampled],
+    pair: tuple[str, str],
+    p: float,
+    adjusted: float,
+    own: bool,
+    images: int,
+    level: float,
+) -> Difference:
+    d, error = _difference(by_role, *pair)
+    half = half_width(error, level)
+    word = verdict(-d if metric in LOWER_IS_BETTER else d, adjusted, level, own)
+    needed = images_needed(d, error, images, level)
+    return Difference(metric, *pair, d, error, d - half, d + half, p, adjusted, word, needed)
