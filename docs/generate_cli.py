@@ -20,6 +20,7 @@ COMMANDS = [
     ["size"],
     ["sample"],
     ["fid"],
+    ["compare"],
     ["plot"],
     ["plot", "fisher"],
     ["plot", "plan"],

@@ -546,7 +546,9 @@ class CompareConfig:
         require(self.count == 0 or self.count >= 10, f"count is {self.count}", "use 10 or more, or 0 for all")
         require(self.resamples >= 20, f"resamples is {self.resamples}", "a standard error needs 20 or more, e.g. 1000")
         require(0.5 <= self.level < 1, f"level is {self.level}", "use 0.5 to below 1, e.g. 0.95")
-        require(all(k >= 1 for k in self.full_precision_of), "models are numbered from 1", "leave full_precision_of out")
+        require(
+            all(k >= 1 for k in self.full_precision_of), "models are numbered from 1", "leave full_precision_of out"
+        )
 
 
 @dataclass(frozen=True)

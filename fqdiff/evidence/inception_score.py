@@ -17,4 +17,5 @@ def inception_score_draws(probabilities: Tensor, counts: Tensor) -> Tensor:
     """The score in each resample of ``counts`` [R, N]; float64 [R]. KL averages to H(mean p) - mean H(p)."""
     p, weights = probabilities.double(), counts.double() / counts.sum(dim=1, keepdim=True)
     marginal = weights @ p
-    return (torch.special.entr(marginal).sum(dim=1) - weights @ torch.special.entr(p).sum(dim=1)).exp()
+    scores: Tensor = (torch.special.entr(marginal).sum(dim=1) - weights @ torch.special.entr(p).sum(dim=1)).exp()
+    return scores

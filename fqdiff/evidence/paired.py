@@ -41,7 +41,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     line = line / line.sum()
 
     def local_mean(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+        mean: Tensor = F.conv2d(F.conv2d(x, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+        return mean
 
     c1, c2 = (K1 * LEVELS) ** 2, (K2 * LEVELS) ** 2
     done = []
@@ -58,4 +59,4 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def feature_distance(a: Tensor, b: Tensor) -> Tensor:
     """[N]: Euclidean distance of the features ``a`` [N, D] of one set from ``b`` of the other."""
-    return (a.double() - b.double()).norm(dim=1)
+    return (a.double() - b.double()).square().sum(dim=1).sqrt()

@@ -73,9 +73,7 @@ def compare(
                 bar.update()
 
         real = described(dataset.reference[chosen], held_out)
-        sets = {
-            role: described(s.images[:n], apart if role == FLOOR else shared) for role, s in samples.items()
-        }
+        sets = {role: described(s.images[:n], apart if role == FLOOR else shared) for role, s in samples.items()}
         base = sets[BASELINE]
         each_set(lambda one: {} if one is base else paired_metrics(one, base))
         kernel = kernel_metrics(real, [*sets.values()], bar.update)
@@ -117,7 +115,8 @@ def _check_pairing(paired: Mapping[str, SampleSet], floor: SampleSet | None) -> 
             )
     if floor is not None and floor.seed == baseline.seed:
         raise LineageError(
-            f"the noise floor has the baseline's own seed {floor.seed}", "sample the baseline's model with another --seed"
+            f"the noise floor has the baseline's own seed {floor.seed}",
+            "sample the baseline's model with another --seed",
         )
 
 
@@ -147,6 +146,4 @@ def _frechet_metric(real: ImageSet, sets: Mapping[str, ImageSet], context: Conte
             drawn = [(one.features, one.counts[part]) for one in sets.values()]
             draws[part] = frechet_draws(real.features, real.counts[part], drawn)
     values = [frechet_distance_of_features(real.features, one.features) for one in sets.values()]
-    return {
-        role: Resampled(v, d) for role, v, d in zip(sets, values, draws.clone().unbind(dim=1), strict=True)
-    }
+    return {role: Resampled(v, d) for role, v, d in zip(sets, values, draws.clone().unbind(dim=1), strict=True)}
