@@ -147,7 +147,7 @@ def test_correction_is_over_the_pairs_of_a_metric_and_leaves_the_floor_out() -> 
         return Resampled(value, value + 0.1 * torch.randn(2000, generator=g, dtype=torch.float64))
 
     fid = {"baseline": resampled(1.0), "model1": resampled(1.3), "model2": resampled(1.05), "floor": resampled(1.3)}
-    rows = differences({"fid": fid}, ["model1", "model2"], ["model1"], 100, 0.95)
+    rows = differences({"fid": fid}, 2, [1], 100, 0.95)
     assert [(d.of, d.against) for d in rows] == [
         ("model1", "baseline"), ("model2", "baseline"), ("model2", "model1"), ("floor", "baseline"),
     ]  # fmt: skip
@@ -156,7 +156,7 @@ def test_correction_is_over_the_pairs_of_a_metric_and_leaves_the_floor_out() -> 
     assert rows[0].difference == pytest.approx(0.3)
     assert rows[0].standard_error == pytest.approx(0.1 * 2**0.5, rel=0.1)
     paired = {"model1": resampled(0.1), "model2": resampled(0.9), "floor": resampled(3.0)}
-    (row,) = differences({"image_mse": paired}, ["model1", "model2"], ["model1"], 100, 0.95)
+    (row,) = differences({"image_mse": paired}, 2, [1], 100, 0.95)
     assert (row.of, row.against, row.verdict) == ("model2", "model1", "worse")
 
 
@@ -340,6 +340,10 @@ def test_a_stored_comparison_comes_back_and_a_wrong_one_does_not(comparison: Com
         {"differences": [{**good["differences"][0], "p": 2.0}]},
         {"measures": [{**good["measures"][0], "metric": "charm"}]},
         {"level": None},
+        {"models": 2},
+        {"models": 10**12},
+        {"floor_seed": None},
+        {"differences": good["differences"][1:]},
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ArtifactCorrupt):

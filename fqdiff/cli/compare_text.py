@@ -49,7 +49,9 @@ def comparison_text(artifact: str, value: "Comparison", labels: Mapping[str, str
 
 def models_of(value: "Comparison") -> list[str]:
     """The models' roles."""
-    return [f"model{k}" for k in range(1, value.models + 1)]
+    from fqdiff.evidence.comparison import model_roles
+
+    return model_roles(value.models)
 
 
 def cells(value: "Comparison", role: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -65,11 +67,13 @@ def cells(value: "Comparison", role: str, columns: Mapping[str, tuple[str, str]]
 def paired_table(value: "Comparison", labels: Mapping[str, str]) -> str:
     """One row for each model, and one for images that share nothing but the model."""
     rows = [role for role in (*models_of(value), "floor") if role in labels]
-    header = ["model", *(name for name, _ in PAIRED_COLUMNS.values()), ""]
+    header = ["model", *(name for name, _ in PAIRED_COLUMNS.values()), "MSE, of other noise's"]
     body = []
     for role in rows:
-        note = "identical images" if value.measure("image_mse", role).high == 0 else ""
-        body.append([labels[role], *cells(value, role, PAIRED_COLUMNS), note])
+        error = value.measure("image_mse", role).value
+        whole = value.measure("image_mse", "floor").value if value.floor_seed is not None else 0.0
+        share = "identical" if error == 0 else f"{error / whole:.3%}" if whole > 0 else ""
+        body.append([labels[role], *cells(value, role, PAIRED_COLUMNS), share])
     return table(header, body)
 
 

@@ -130,26 +130,46 @@ def measures(results: Results, level: float) -> tuple[Measure, ...]:
     return tuple(rows)
 
 
-def differences(
-    results: Results, models: Sequence[str], full_precision_of: Sequence[str], images: int, level: float
-) -> tuple[Difference, ...]:
-    """One row for each metric and pair of roles: models against the baseline, models against each other, floor against baseline.
+def model_roles(models: int) -> list[str]:
+    """The roles of so many models."""
+    return [f"model{k}" for k in range(1, models + 1)]
 
-    Against the baseline a paired metric has no difference: it is one. Holm's correction is over the pairs of a metric; the
-    floor, which is no question about the models, stays out.
+
+def measured(metric: str, models: int, floor: bool) -> list[str]:
+    """The roles that ``metric`` is measured of; a paired one measures against the baseline."""
+    return [*([] if metric in PAIRED else [BASELINE]), *model_roles(models), *([FLOOR] if floor else [])]
+
+
+def compared(metric: str, models: int) -> list[tuple[str, str]]:
+    """The pairs of roles whose difference in ``metric`` is asked for: models against the baseline, and against each other.
+
+    Against the baseline a paired metric has no difference: it is one.
     """
+    against_baseline = [] if metric in PAIRED else [(role, BASELINE) for role in model_roles(models)]
+    return against_baseline + [(of, against) for against, of in combinations(model_roles(models), 2)]
+
+
+def differences(
+    results: Results, models: int, full_precision_of: Sequence[int], images: int, level: float
+) -> tuple[Difference, ...]:
+    """One row for each metric and pair of roles, and one for floor against baseline.
+
+    Holm's correction is over the pairs of a metric; the floor, which is no question about the models, stays out.
+    ``full_precision_of``: numbers of the models that the baseline is the full precision of.
+    """
+    own = {(f"model{k}", BASELINE) for k in full_precision_of} | {(FLOOR, BASELINE)}
     rows: list[Difference] = []
     for metric in _in_order(results):
         by_role = results[metric]
-        against_baseline = [] if metric in PAIRED else [(m, BASELINE) for m in models]
-        pairs = against_baseline + [(b, a) for a, b in combinations(models, 2)]
+        pairs = compared(metric, models)
         ps = [p_value(*_difference(by_role, *pair)) for pair in pairs]
-        for pair, p, adjusted in zip(pairs, ps, holm(ps), strict=True):
-            own = pair[1] == BASELINE and pair[0] in full_precision_of
-            rows.append(_row(metric, by_role, pair, p, adjusted, own, images, level))
+        adjusted = holm(ps)
         if FLOOR in by_role and metric not in PAIRED:
-            p = p_value(*_difference(by_role, FLOOR, BASELINE))
-            rows.append(_row(metric, by_role, (FLOOR, BASELINE), p, p, True, images, level))
+            pairs.append((FLOOR, BASELINE))
+            ps.append(p_value(*_difference(by_role, FLOOR, BASELINE)))
+            adjusted.append(ps[-1])
+        for pair, p, corrected in zip(pairs, ps, adjusted, strict=True):
+            rows.append(_row(metric, by_role, pair, p, corrected, pair in own, images, level))
     return tuple(rows)
 
 

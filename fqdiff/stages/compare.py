@@ -16,6 +16,7 @@ from fqdiff.evidence.comparison import (
     kernel_metrics,
     manifold_metrics,
     measures,
+    model_roles,
     paired_metrics,
     score_metric,
 )
@@ -46,8 +47,7 @@ def compare(
     seeds, DataError for images of different shapes, ConfigError for a count that one set does not have.
     """
     network = features.feature_network() if isinstance(features, ClassifierWeights) else features
-    roles = [f"model{k}" for k in range(1, len(models) + 1)]
-    samples = {BASELINE: baseline, **dict(zip(roles, models, strict=True))}
+    samples = {BASELINE: baseline, **dict(zip(model_roles(len(models)), models, strict=True))}
     _check_pairing(samples, floor)
     if floor is not None:
         samples[FLOOR] = floor
@@ -80,7 +80,6 @@ def compare(
         each_set(lambda one: manifold_metrics(real, one) | score_metric(one))
     results["kid"] = dict(zip(sets, kernel, strict=True))
     results["fid"] = _frechet_metric(real, sets, context)
-    own = [f"model{k}" for k in config.full_precision_of]
     return Comparison(
         n=n,
         level=config.level,
@@ -93,7 +92,7 @@ def compare(
         floor_seed=floor.seed if floor is not None else None,
         models=len(models),
         measures=measures(results, config.level),
-        differences=differences(results, roles, own, n, config.level),
+        differences=differences(results, len(models), config.full_precision_of, n, config.level),
     )
 
 

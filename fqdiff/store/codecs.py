@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
-from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED
+from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured
 from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
@@ -382,16 +382,19 @@ def load_comparison(directory: Path) -> Comparison:
 
 
 def _check_comparison(value: Comparison) -> None:
-    roles = {BASELINE, FLOOR, *(f"model{k}" for k in range(1, len(value.measures) + 1))}
-    metrics = {*PAIRED, *DISTRIBUTION}
-    measured = {(m.metric, m.of) for m in value.measures}
-    compared = {(d.metric, d.of, d.against) for d in value.differences}
-    if len(measured) < len(value.measures) or len(compared) < len(value.differences):
-        raise ValueError("it states something twice")
-    if any(metric not in metrics or role not in roles for metric, role in measured):
-        raise ValueError("it measures something unknown")
-    if any({(metric, of), (metric, against)} - measured for metric, of, against in compared):
-        raise ValueError("it compares what it did not measure")
+    metrics = [metric for metric in (*PAIRED, *DISTRIBUTION) if any(m.metric == metric for m in value.measures)]
+    if metrics not in ([*PAIRED, *DISTRIBUTION], [*PAIRED, *DISTRIBUTION[:-1]]):
+        raise ValueError(f"it has the metrics {', '.join(metrics)}")
+    if not 1 <= value.models <= len(value.measures) or not 0.5 <= value.level < 1:
+        raise ValueError(f"it has {value.models} models, and a level of {value.level}")
+    floor = value.floor_seed is not None
+    measures = [(metric, role) for metric in metrics for role in measured(metric, value.models, floor)]
+    if sorted((m.metric, m.of) for m in value.measures) != sorted(measures):
+        raise ValueError("it lacks a measure, or has one too many")
+    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
+    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
+    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
+        raise ValueError("it lacks a difference, or has one too many")
     if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
         raise ValueError("it has a verdict or a p-value that cannot be")
 
