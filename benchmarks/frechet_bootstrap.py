@@ -1,6 +1,6 @@
 """What resampling FID by counts saves: seconds per resample by updated moments and from the drawn rows, in one run.
 
-    python benchmarks/frechet_bootstrap.py --images 5000 --features 128 --models 2
+python benchmarks/frechet_bootstrap.py --images 5000 --features 128 --models 2
 """
 
 import argparse

@@ -24,6 +24,7 @@ COMMANDS = [
     ["plot"],
     ["plot", "fisher"],
     ["plot", "plan"],
+    ["plot", "compare"],
     ["run"],
     ["store"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),

@@ -161,3 +161,13 @@ def test_the_artifact_is_plain_json(result: dict[str, Any], store: Path) -> None
     data = json.loads(path.read_text())
     assert data["schema"] == 1
     assert data["measures"] == result["measures"]
+
+
+def test_the_picture_names_models_and_marks_what_is_identical(
+    result: dict[str, Any], store: Path, tmp_path: Path
+) -> None:
+    data = good(store, "plot", "compare", str(result["id"]), "--format", "svg", "--output", str(tmp_path / "pictures"))
+    (path,) = (Path(f) for f in data["files"])  # type: ignore[attr-defined]
+    drawn = path.read_text()
+    for text in ("float32", "int8", "int2", "identical images", "other noise", f"comparison {result['id']}"):
+        assert text in drawn

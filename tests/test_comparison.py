@@ -226,8 +226,7 @@ def test_values_are_those_of_the_images_themselves(
     assert comparison.reference == "noise, 80 of 80 held-out images"
 
 
-def test_the_floor_is_drawn_apart(comparison: Comparison) -> None:
-    """Rejects counts shared with images that have nothing in common, and the floor as a model of its own."""
+def test_the_floor_is_compared_with_the_baseline_alone(comparison: Comparison) -> None:
     assert not [d for d in comparison.differences if d.of == "floor" and d.against != "baseline"]
     assert comparison.pair("fid", "floor", "baseline").verdict == "not distinguishable"
 
@@ -282,6 +281,12 @@ def test_sets_that_cannot_be_paired_are_refused(real: Dataset, sets: dict[str, S
         run(SampleSet(sets["near"].images[:20], 3), count=50)
     with pytest.raises(ConfigError, match="no model"):
         compare(real, PIXELS, sets["baseline"], None, [], CONFIG, 0, Context())
+
+
+def test_features_that_are_not_finite_are_refused_by_name(real: Dataset, sets: dict[str, SampleSet]) -> None:
+    network = FeatureNetwork("log", "0" * 64, lambda images: (images.float().flatten(1)[:, ::7] - 300).log())
+    with pytest.raises(NumericalError, match="features of held-out images hold NaN or infinity"):
+        compare(real, network, sets["baseline"], None, [sets["dark"]], CONFIG, 0, Context())
 
 
 def test_all_sets_are_cut_to_one_n(real: Dataset, sets: dict[str, SampleSet]) -> None:

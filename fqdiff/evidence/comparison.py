@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
-from fqdiff.evidence.inception_score import inception_score, inception_score_draws
-from fqdiff.evidence.kernel import kernel_distance, kernel_draws
-from fqdiff.evidence.neighbours import manifold_draws, manifold_values
+from fqdiff.evidence.inception_score import inception_score_draws
+from fqdiff.evidence.kernel import kernel_draws
+from fqdiff.evidence.neighbours import manifold_draws
 from fqdiff.evidence.paired import feature_distance, image_mse, psnr, ssim
 from fqdiff.evidence.resampling import mean_draws
 
@@ -97,25 +98,32 @@ def paired_metrics(one: ImageSet, baseline: ImageSet) -> dict[str, Resampled]:
 
 def kernel_metrics(real: ImageSet, sets: Sequence[ImageSet], tick: Callable[[int], None]) -> list[Resampled]:
     """KID of each of ``sets``; ``tick`` is told of each."""
-    draws = kernel_draws(real.features, real.counts, [(s.features, s.counts) for s in sets], tick)
-    return [
-        Resampled(kernel_distance(real.features, s.features), d) for s, d in zip(sets, draws.unbind(dim=1), strict=True)
-    ]
+    draws = kernel_draws(
+        real.features, _after_whole(real.counts), [(s.features, _after_whole(s.counts)) for s in sets], tick
+    )
+    return [_resampled(d) for d in draws.unbind(dim=1)]
 
 
 def manifold_metrics(real: ImageSet, fake: ImageSet) -> dict[str, Resampled]:
     """MANIFOLD of one set."""
-    draws = astuple(manifold_draws(real.features, real.counts, fake.features, fake.counts))
-    values = manifold_values(real.features, fake.features)
-    return {name: Resampled(v, d) for name, v, d in zip(MANIFOLD, values, draws, strict=True)}
+    draws = manifold_draws(real.features, _after_whole(real.counts), fake.features, _after_whole(fake.counts))
+    return {name: _resampled(d) for name, d in zip(MANIFOLD, astuple(draws), strict=True)}
 
 
 def score_metric(one: ImageSet) -> dict[str, Resampled]:
     """The Inception score, where class probabilities are known."""
     if one.probabilities is None:
         return {}
-    draws = inception_score_draws(one.probabilities, one.counts)
-    return {"inception_score": Resampled(inception_score(one.probabilities), draws)}
+    return {"inception_score": _resampled(inception_score_draws(one.probabilities, _after_whole(one.counts)))}
+
+
+def _after_whole(counts: Tensor) -> Tensor:
+    """``counts`` after those of the images themselves, so that one pass gives value and draws."""
+    return torch.cat([torch.ones_like(counts[:1]), counts])
+
+
+def _resampled(draws: Tensor) -> Resampled:
+    return Resampled(float(draws[0]), draws[1:])
 
 
 def measures(results: Results, level: float) -> tuple[Measure, ...]:

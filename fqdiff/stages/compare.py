@@ -6,7 +6,7 @@ import torch
 
 from fqdiff.configs import CompareConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, DataError, LineageError
+from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
 from fqdiff.evidence.comparison import (
     BASELINE,
     FLOOR,
@@ -60,9 +60,11 @@ def compare(
     results: dict[str, dict[str, Resampled]] = {}
     with context.progress(1 + 4 * len(samples), "compare", "step") as bar:
 
-        def described(images: torch.Tensor, counts: torch.Tensor) -> ImageSet:
+        def described(role: str, images: torch.Tensor, counts: torch.Tensor) -> ImageSet:
             probabilities = network.probabilities(images) if network.probabilities else None
             found = ImageSet(images, network.extract(images), probabilities, counts)
+            if not torch.isfinite(found.features).all():
+                raise NumericalError(f"features of {role} hold NaN or infinity", "look at the images they come from")
             bar.update()
             return found
 
@@ -72,8 +74,8 @@ def compare(
                     results.setdefault(metric, {})[role] = value
                 bar.update()
 
-        real = described(dataset.reference[chosen], held_out)
-        sets = {role: described(s.images[:n], apart if role == FLOOR else shared) for role, s in samples.items()}
+        real = described("held-out images", dataset.reference[chosen], held_out)
+        sets = {role: described(role, s.images[:n], apart if role == FLOOR else shared) for role, s in samples.items()}
         base = sets[BASELINE]
         each_set(lambda one: {} if one is base else paired_metrics(one, base))
         kernel = kernel_metrics(real, [*sets.values()], bar.update)
