@@ -533,8 +533,8 @@ class FidConfig:
 class CompareConfig:
     """How many images of each set are compared (0: as many as all have), and at which level.
 
-    ``full_precision_of``: numbers, from 1, of the models that the baseline is the full precision of: none of them can be
-    better than it.
+    ``full_precision_of``: numbers, from 1, of the models that the baseline is the full precision of: a value
+    beyond the baseline's is no merit of theirs.
     """
 
     count: int = 0

@@ -68,11 +68,27 @@ def test_the_number_of_images_needed_has_the_power_it_promises() -> None:
     assert images_needed(1e-12, 1.0, 100, 0.95) is None
 
 
-def test_a_model_is_never_better_than_its_own_full_precision() -> None:
-    assert verdict(1.0, 0.01, 0.95, own_full_precision=True) == "not worse"
-    assert verdict(1.0, 0.01, 0.95, own_full_precision=False) == "better"
-    assert verdict(-1.0, 0.01, 0.95, own_full_precision=True) == "worse"
-    assert verdict(-1.0, 0.06, 0.95, own_full_precision=False) == "not distinguishable"
+def test_a_value_beyond_full_precisions_is_no_merit() -> None:
+    assert verdict(1.0, 0.01, 0.95, beyond=True) == "not worse"
+    assert verdict(1.0, 0.01, 0.95, beyond=False) == "better"
+    assert verdict(-1.0, 0.01, 0.95, beyond=True) == "not better"
+    assert verdict(-1.0, 0.01, 0.95, beyond=False) == "worse"
+    assert verdict(-1.0, 0.06, 0.95, beyond=False) == "not distinguishable"
+
+
+def test_of_two_quantized_models_that_with_a_fid_below_full_precisions_is_not_the_better_one() -> None:
+    """Rejects a rule for pairs with the baseline alone: int4 would be better than int8 because it is further from float32."""
+    draws = 0.001 * torch.randn(100, generator=generator(0, "tiny"), dtype=torch.float64)
+
+    def words(fids: tuple[float, ...], own: tuple[int, ...]) -> list[str]:
+        roles = ("baseline", "model1", "model2")
+        found = {role: Resampled(fid, fid + draws * k) for k, (role, fid) in enumerate(zip(roles, fids, strict=True))}
+        return [d.verdict for d in differences({"fid": found}, 2, own, 100, 0.95)]
+
+    assert words((10.0, 12.0, 7.0), (1, 2)) == ["worse", "not worse", "not worse"]
+    assert words((10.0, 7.0, 12.0), (1, 2)) == ["not worse", "worse", "not better"]
+    assert words((10.0, 14.0, 12.0), (1, 2)) == ["worse", "worse", "better"]
+    assert words((10.0, 12.0, 7.0), ()) == ["worse", "better", "better"]
 
 
 # --- the statistics hold their level ---------------------------------------------------------------------------------

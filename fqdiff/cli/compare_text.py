@@ -135,8 +135,8 @@ def notes(value: "Comparison") -> list[str]:
         lines.append(
             f"Other noise: the baseline's model with seed {value.floor_seed}, what chance alone does; its images share no noise."
         )
-    if any(d.verdict == "not worse" for d in value.differences):
+    if any(d.verdict in ("not worse", "not better") for d in value.differences):
         lines.append(
-            "Not worse: nearer to the real images than its own full precision, which is no gain: it moved away from the model."
+            "Not worse, not better: one is nearer to the real images than its own full precision. That is no gain: it moved away."
         )
     return lines

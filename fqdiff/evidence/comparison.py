@@ -3,7 +3,7 @@
 Shapes: N images in every set and in the reference, D features, R resamples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
 from itertools import combinations
 
@@ -165,7 +165,7 @@ def differences(
     Holm's correction is over the pairs of a metric; the floor, which is no question about the models, stays out.
     ``full_precision_of``: numbers of the models that the baseline is the full precision of.
     """
-    own = {(f"model{k}", BASELINE) for k in full_precision_of} | {(FLOOR, BASELINE)}
+    own = {f"model{k}" for k in full_precision_of} | {FLOOR}
     rows: list[Difference] = []
     for metric in _in_order(results):
         by_role = results[metric]
@@ -177,7 +177,7 @@ def differences(
             ps.append(p_value(*_difference(by_role, FLOOR, BASELINE)))
             adjusted.append(ps[-1])
         for pair, p, corrected in zip(pairs, ps, adjusted, strict=True):
-            rows.append(_row(metric, by_role, pair, p, corrected, pair in own, images, level))
+            rows.append(_row(metric, by_role, pair, p, corrected, own, images, level))
     return tuple(rows)
 
 
@@ -196,12 +196,16 @@ def _row(
     pair: tuple[str, str],
     p: float,
     adjusted: float,
-    own: bool,
+    own: Set[str],
     images: int,
     level: float,
 ) -> Difference:
     d, error = _difference(by_role, *pair)
     half = half_width(error, level)
-    word = verdict(-d if metric in LOWER_IS_BETTER else d, adjusted, level, own)
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    ahead = pair[0] if sign * d > 0 else pair[1]
+    # A paired metric has no value of the baseline to be beyond.
+    beyond = metric not in PAIRED and ahead in own and sign * (by_role[ahead].value - by_role[BASELINE].value) > 0
+    word = verdict(sign * d, adjusted, level, beyond)
     needed = images_needed(d, error, images, level)
     return Difference(metric, *pair, d, error, d - half, d + half, p, adjusted, word, needed)

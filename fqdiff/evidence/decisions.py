@@ -7,7 +7,7 @@ from statistics import NormalDist
 from fqdiff.errors import NumericalError
 
 POWER = 0.8
-VERDICTS = ("better", "worse", "not worse", "not distinguishable")
+VERDICTS = ("better", "worse", "not worse", "not better", "not distinguishable")
 MOST_IMAGES = 10**12  # more than anyone will make: the models are equal as far as can be told
 
 
@@ -54,14 +54,14 @@ def images_needed(difference: float, standard_error: float, images: int, level: 
     return max(2, math.ceil(needed)) if needed < MOST_IMAGES else None
 
 
-def verdict(gain: float, p: float, level: float, own_full_precision: bool) -> str:
+def verdict(gain: float, p: float, level: float, beyond: bool) -> str:
     """What may be said of a model against another. ``gain``: the difference, positive where it is good; ``p`` adjusted.
 
-    Against its own full precision a model is never better: it moved away from what it is to reproduce, and by chance towards
-    the reference.
+    ``beyond``: whether the one with the better value was quantized from a model whose value is less good. That is no merit: it
+    moved away from what it is to reproduce, and by chance towards the reference.
     """
     if p > 1 - level:
         return "not distinguishable"
-    if gain < 0:
-        return "worse"
-    return "not worse" if own_full_precision else "better"
+    if gain > 0:
+        return "not worse" if beyond else "better"
+    return "not better" if beyond else "worse"
