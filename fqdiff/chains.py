@@ -1,10 +1,20 @@
 """The whole pipeline as one chain of steps: train or import, Fisher, plans, quantized models, samples, FIDs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from fqdiff.configs import ClassifierConfig, FidConfig, FisherConfig, PlanConfig, QuantizeConfig, SampleConfig
-from fqdiff.pipeline import Step
+from fqdiff.configs import (
+    ClassifierConfig,
+    CompareConfig,
+    FidConfig,
+    FisherConfig,
+    PlanConfig,
+    QuantizeConfig,
+    SampleConfig,
+)
+from fqdiff.errors import LineageError
+from fqdiff.pipeline import External, Step
+from fqdiff.store.manifest import Manifest
 
 PLANS: Mapping[str, PlanConfig] = {
     "bfloat16 by groups 12/345/6": PlanConfig("groups", groups="12/345/6", low="bfloat16"),
@@ -85,3 +95,37 @@ def make_chain(
     other = Step("sample", {"model": checkpoint}, sample, seed + 1)
     floor = row("FP32, other noise", None, checkpoint, other)
     return Chain(dataset, checkpoint, table, classifier, tuple(rows), floor)
+
+
+def comparison_step(
+    dataset: Manifest | Step,
+    features: Step | External,
+    baseline: Manifest | Step,
+    models: Sequence[Manifest | Step],
+    floor: Manifest | Step | None,
+    config: CompareConfig,
+) -> Step:
+    """The step that compares samples ``models`` with samples ``baseline``; ``floor`` are the baseline's with another seed.
+
+    Raises LineageError unless all were sampled in the same way, and all but the floor with the same seed: only then does
+    image k come from the same noise everywhere.
+    """
+    first = baseline.recipe
+    for source in [*models, *([floor] if floor is not None else [])]:
+        for setting in first.config.keys() - {"count"}:
+            here, there = source.recipe.config.get(setting), first.config[setting]
+            if here != there:
+                raise LineageError(
+                    f"samples {source.id} have {setting} {here}, the baseline's {first.id} {there}",
+                    "sample all models in the same way, or name the models instead of their samples",
+                )
+        if source is not floor and source.recipe.seed != first.seed:
+            raise LineageError(
+                f"samples {source.id} have seed {source.recipe.seed}, the baseline's {first.id} {first.seed}",
+                "sample all with the same --seed",
+            )
+    inputs: dict[str, Step | Manifest | External] = {"dataset": dataset, "features": features, "baseline": baseline}
+    if floor is not None:
+        inputs["floor"] = floor
+    inputs |= {f"model{k}": source for k, source in enumerate(models, start=1)}
+    return Step("compare", inputs, config)

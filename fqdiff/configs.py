@@ -561,6 +561,28 @@ class FidConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """How many images of each set are compared (0: as many as all have), and at which level.
+
+    ``full_precision_of``: numbers, from 1, of the models that the baseline is the full precision of: a value
+    beyond the baseline's is no merit of theirs.
+    """
+
+    count: int = 0
+    resamples: int = 1000
+    level: float = 0.95
+    full_precision_of: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.count == 0 or self.count >= 10, f"count is {self.count}", "use 10 or more, or 0 for all")
+        require(self.resamples >= 20, f"resamples is {self.resamples}", "a standard error needs 20 or more, e.g. 1000")
+        require(0.5 <= self.level < 1, f"level is {self.level}", "use 0.5 to below 1, e.g. 0.95")
+        require(
+            all(k >= 1 for k in self.full_precision_of), "models are numbered from 1", "leave full_precision_of out"
+        )
+
+
+@dataclass(frozen=True)
 class Preset:
     """A model size with the training that suits it. ``architecture`` holds what differs from the paper's U-Net."""
 

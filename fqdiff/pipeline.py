@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from fqdiff.store.store import Store
 class Stage:
     """``run``: module and function. ``inputs``: roles in the order of its parameters. ``schema`` rises when results change.
 
+    A role that ends in a star stands for any number of inputs, ``model*`` for ``model1``, ``model2``, ..., passed as a tuple.
     ``shard``: the function that does one of several shares of the work and keeps it as parts, where the stage has one.
     """
 
@@ -42,6 +43,19 @@ class Stage:
     schema: int = 1
     parallel: bool = False  # whether every process started by torchrun takes part
     shard: str = ""
+
+    def roles(self, given: Iterable[str]) -> tuple[str, ...]:
+        """The roles in order, stars replaced by those of ``given`` they stand for."""
+        return tuple(name for role in self.inputs for name in matching(role, given))
+
+
+def matching(role: str, given: Iterable[str]) -> tuple[str, ...]:
+    """The roles that ``role`` stands for: itself, or with a star those of ``given`` that end in a number, in its order."""
+    if not role.endswith("*"):
+        return (role,)
+    stem = role.removesuffix("*")
+    numbers = (name.removeprefix(stem) for name in given if name.startswith(stem))
+    return tuple(f"{stem}{n}" for n in sorted(int(text) for text in numbers if text.isdecimal()))
 
 
 def _function(where: str) -> Callable[..., Any]:
@@ -77,6 +91,9 @@ STAGES: Mapping[str, Stage] = {
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
     "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
+    "compare": Stage(
+        "comparison", "fqdiff.stages.compare:compare", ("dataset", "features", "baseline", "floor", "model*")
+    ),
 }
 
 
@@ -104,7 +121,7 @@ class Step:
         stage = STAGES[self.stage]
         given = (
             Input(role, source.kind, source.id)
-            for role in stage.inputs
+            for role in stage.roles(self.inputs)
             if (source := self.inputs.get(role)) is not None
         )
         return Recipe(stage.kind, self.stage, stage.schema, tuple(given), _plain(asdict(self.config)), self.seed)
@@ -220,7 +237,12 @@ class Runner:
         return _function(STAGES[step.stage].run)(*self._arguments(step, recipe, sources))
 
     def _arguments(self, step: Step, recipe: Recipe, sources: "Mapping[str, Manifest | External]") -> list[Any]:
-        values = [self.load(sources[role]) if role in sources else None for role in STAGES[step.stage].inputs]
+        values: list[Any] = []
+        for role in STAGES[step.stage].inputs:
+            if role.endswith("*"):
+                values.append(tuple(self.load(sources[name]) for name in matching(role, sources)))
+            else:
+                values.append(self.load(sources[role]) if role in sources else None)
         context = Context(**{**vars(self.context), "parts": self.parts(recipe)})
         return [*values, step.config, step.seed, context]
 

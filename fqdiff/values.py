@@ -13,6 +13,7 @@ from fqdiff.diffusion.samplers import PredictNoise
 from fqdiff.diffusion.schedule import PREDICTIONS, NoiseSchedule, make_schedule, noise_from_velocity
 from fqdiff.digests import tensor_digest
 from fqdiff.errors import ArtifactCorrupt, require
+from fqdiff.evidence.comparison import Difference, Measure
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.models.registry import build
@@ -415,14 +416,15 @@ class ClassifierWeights:
         network.load_state_dict(dict(self.tensors))
         network.eval().requires_grad_(False)
 
-        def confidence(images: Tensor) -> float:
-            return float(in_batches(network, to_unit_range(images)).softmax(dim=1).amax(dim=1).double().mean())
+        def probabilities(images: Tensor) -> Tensor:
+            return in_batches(network, to_unit_range(images)).softmax(dim=1)
 
         return FeatureNetwork(
             name="digits",
             sha256=tensor_digest(self.tensors),
             extract=lambda images: in_batches(network.features, to_unit_range(images)),
-            confidence=confidence,
+            confidence=lambda images: float(probabilities(images).amax(dim=1).double().mean()),
+            probabilities=probabilities,
         )
 
 
@@ -449,6 +451,35 @@ class FidResult:
     difference: float | None = None
     interval: tuple[float, float] | None = None
     image_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What tells models apart: every metric of the roles ``baseline``, ``model1`` ... and ``floor``, and of their pairs.
+
+    ``n`` images of each and of the real ones. ``floor``: the baseline's own model with ``floor_seed``, where given.
+    """
+
+    n: int
+    level: float
+    resamples: int
+    features: str
+    features_sha256: str
+    dimension: int
+    reference: str
+    seed: int
+    floor_seed: int | None
+    models: int
+    measures: tuple[Measure, ...]
+    differences: tuple[Difference, ...]
+
+    def measure(self, metric: str, of: str) -> Measure:
+        """The value of ``metric`` ``of`` one role. Raises KeyError."""
+        return {(m.metric, m.of): m for m in self.measures}[metric, of]
+
+    def pair(self, metric: str, of: str, against: str) -> Difference:
+        """The difference in ``metric`` between two roles. Raises KeyError."""
+        return {(d.metric, d.of, d.against): d for d in self.differences}[metric, of, against]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fqdiff import pipeline
 from fqdiff.configs import get_preset
 from fqdiff.context import Context, Part
 from fqdiff.errors import AmbiguousRef, ArtifactCorrupt, ArtifactNotFound, ConfigError, FqdiffError, LineageError
+from fqdiff.evidence.comparison import DISTRIBUTION, PAIRED, Resampled, differences, measured, measures
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, parameter_blocks, unet_architecture, unet_config
 from fqdiff.pipeline import Runner, Stage, Step
@@ -38,6 +39,7 @@ from fqdiff.values import (
     Candidate,
     Checkpoint,
     ClassifierWeights,
+    Comparison,
     Correlation,
     Dataset,
     ErrorShape,
@@ -126,6 +128,17 @@ def tiny_validation(images: bool = True) -> Validation:
     )
 
 
+def tiny_comparison() -> Comparison:
+    """Two models and a noise floor, by every metric."""
+    draws = torch.randn(3, 50, generator=generator(0, "draws")).double()
+    results = {
+        metric: {role: Resampled(0.1 * k, draws[k % 3] + k) for k, role in enumerate(measured(metric, 2, True))}
+        for metric in (*PAIRED, *DISTRIBUTION)
+    }
+    rows = measures(results, 0.95), differences(results, 2, (1,), 10, 0.95)
+    return Comparison(10, 0.95, 50, "digits", "0" * 64, 84, "noise", 0, 1, 2, *rows)
+
+
 @cache
 def tiny_value(kind: str) -> Any:
     """A small valid value of ``kind``."""
@@ -186,6 +199,8 @@ def tiny_value(kind: str) -> Any:
     if kind == "features":
         weights = {name: p.detach() for name, p in DigitClassifier(1, 8, 3).named_parameters()}
         return ClassifierWeights("noise", 3, (1, 8, 8), weights, 0.5, 0.75)
+    if kind == "comparison":
+        return tiny_comparison()
     return FidResult(1.5, 10, "digits", "0" * 64, 84, "noise", 0, 0.1, -0.2, 0.9, 0.25, (-0.5, 0.5))
 
 

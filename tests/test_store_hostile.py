@@ -24,7 +24,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fqdiff.cli.compare_text import comparison_text
 from fqdiff.errors import ArtifactCorrupt, FqdiffError
+from fqdiff.evidence.comparison import model_roles
 from fqdiff.pipeline import Runner
 from fqdiff.store.codecs import CODECS
 from fqdiff.store.fisher_files import FISHER_SCHEMA
@@ -32,7 +34,7 @@ from fqdiff.store.manifest import Manifest
 from fqdiff.store.parquet import unpacked_size
 from fqdiff.store.parts import StoredParts, last_unfinished
 from fqdiff.store.store import Store
-from fqdiff.values import Checkpoint, ClassifierWeights, Plan, QuantizedCheckpoint
+from fqdiff.values import Checkpoint, ClassifierWeights, Comparison, Plan, QuantizedCheckpoint
 from tests.test_store import KINDS, RECIPE, part, put, tiny_value
 
 MODEL_FILES = {"checkpoint": "model.safetensors", "quantized": "model.safetensors"}
@@ -42,7 +44,7 @@ TENSOR_FILES = {
     "samples": "samples.safetensors",
     "features": "classifier.safetensors",
 }
-JSON_FILES = {"plan": "plan.json", "metrics": "metrics.json"}
+JSON_FILES = {"plan": "plan.json", "metrics": "metrics.json", "comparison": "comparison.json"}
 FILES = {**TENSOR_FILES, **JSON_FILES, "fisher": "fisher.parquet", "validation": "validation.parquet"}
 fuzz = settings(
     max_examples=40,
@@ -97,6 +99,9 @@ def use(kind: str, value: Any) -> None:
         value.feature_network()
     if isinstance(value, Plan):
         assert value.bits_per_weight > 0
+    if isinstance(value, Comparison):
+        labels = dict.fromkeys(["baseline", *model_roles(value.models)], "a model")
+        assert comparison_text("0" * 16, value, labels if value.floor_seed is None else {**labels, "floor": "noise"})
 
 
 def load(store: Store, kind: str, name: str, content: bytes) -> None:

@@ -7,6 +7,7 @@ import typer
 
 import fqdiff
 from fqdiff.cli import (
+    compare,
     fid,
     fisher,
     fisher_merge,
@@ -51,6 +52,7 @@ app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quanti
 app.command("size", rich_help_panel=PIPELINE, epilog="Example: fqdiff size --tensors")(size.size)
 app.command("sample", rich_help_panel=PIPELINE, epilog="Example: fqdiff sample --count 1000 --steps 50")(sample.sample)
 app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --features digits")(fid.fid)
+app.command("compare", rich_help_panel=PIPELINE, epilog=compare.EXAMPLE)(compare.compare)
 app.add_typer(plot.app, name="plot", rich_help_panel=HOUSE)
 app.command("run", rich_help_panel=HOUSE, epilog="Example: fqdiff run demo")(run.run)
 app.add_typer(store.app, name="store", rich_help_panel=HOUSE)

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from fqdiff.values import FidResult
 
 
+FEATURES_HELP = "inception, digits, or torchscript:FILE, a network of yours: it is executable."
+InceptionOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="FQDIFF_INCEPTION",
+        help="clean-fid's inception-2015-12-05.pt, from a source you trust: it is executable.",
+    ),
+]
+
+
 @common()
 def fid(
     session: Session,
@@ -35,15 +45,9 @@ def fid(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help="inception or digits.", show_default="inception if its weights are at hand, else digits"),
+        typer.Option(help=FEATURES_HELP, show_default="inception if its weights are at hand, else digits"),
     ] = None,
-    inception_weights: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="FQDIFF_INCEPTION",
-            help="clean-fid's inception-2015-12-05.pt, from a source you trust: it is executable.",
-        ),
-    ] = None,
+    inception_weights: InceptionOption = None,
     count: Annotated[
         int | None, typer.Option(min=2, help="Images of each set.", show_default="as many as both sets have")
     ] = None,
@@ -114,9 +118,13 @@ def choose_features(
     """The feature network asked for; without a choice Inception if its weights are at hand, else digits, and a note."""
     from fqdiff.pipeline import External, Step
     from fqdiff.store.inception import find_inception, load_inception
+    from fqdiff.store.torchscript import load_torchscript
 
+    if asked is not None and asked.startswith("torchscript:"):
+        network = load_torchscript(Path(asked.removeprefix("torchscript:")).expanduser())
+        return External("torchscript", network.sha256[:16], network)
     if asked not in (None, "inception", "digits"):
-        raise ConfigError(f"unknown features '{asked}'", "one of: inception, digits")
+        raise ConfigError(f"unknown features '{asked}'", "one of: inception, digits, torchscript:FILE")
     if asked is None:
         asked = "inception" if weights or find_inception() else "digits"
         reason = "" if asked == "inception" else " (no Inception weights at hand: --inception-weights FILE)"

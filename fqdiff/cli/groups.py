@@ -4,7 +4,7 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-ORDER = ("train", "import", "fisher", "plan", "quantize", "size", "sample", "fid", "plot", "run", "store")
+ORDER = ("train", "import", "fisher", "plan", "quantize", "size", "sample", "fid", "compare", "plot", "run", "store")
 
 
 class InOrder(TyperGroup):

@@ -11,6 +11,8 @@ from fqdiff.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fqdiff.store.manifest import Manifest
+
 app = typer.Typer(no_args_is_help=True, help="Draw pictures of artifacts.")
 
 
@@ -80,6 +82,45 @@ def plan(
     figure = bits_and_fisher(session.runner.load(manifest), f"plan {manifest.id}")
     files = {f"bits.{one}": render(figure, one) for one in formats}
     save_pictures(session, "plan", manifest.id, ["bits"], files, output)
+
+
+@app.command("compare", epilog="Example: fqdiff plot compare --format png")
+@common(*STORE_OPTIONS)
+def compare(
+    session: Session,
+    ref: Annotated[
+        str | None, typer.Argument(help="Comparison: name, id or prefix.", show_default="the latest", metavar="REF")
+    ] = None,
+    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/comparison-ID in the store")
+    ] = None,
+) -> None:
+    """Draw a comparison: image errors, and differences of FID with intervals."""
+    from fqdiff.viz.comparison import intervals
+    from fqdiff.viz.figures import render
+
+    formats = image_formats(image_format)
+    manifest = session.resolve(ref, ("comparison",))
+    figure = intervals(session.runner.load(manifest), role_labels(session, manifest), f"comparison {manifest.id}")
+    files = {f"intervals.{one}": render(figure, one) for one in formats}
+    save_pictures(session, "comparison", manifest.id, ["intervals"], files, output)
+
+
+def role_labels(session: Session, manifest: "Manifest") -> dict[str, str]:
+    """What each role of a comparison is called: a name of its samples, its model or its model's plan, else the model's id."""
+    names = {target: name for name, target in sorted(session.store.names().items(), reverse=True)}
+    labels = {}
+    for found in manifest.recipe.inputs:
+        if found.kind != "samples":
+            continue
+        samples = session.store.find(found.kind, found.id)
+        model = samples.input("model") if samples is not None else None
+        made = session.store.find(model.kind, model.id) if model is not None else None
+        plan = made.input("plan") if made is not None else None
+        known = [names[i.kind, i.id] for i in (found, model, plan) if i is not None and (i.kind, i.id) in names]
+        labels[found.role] = known[0] if known else f"{model.kind} {model.id}" if model is not None else found.id
+    return labels
 
 
 def image_formats(name: str) -> tuple[str, ...]:

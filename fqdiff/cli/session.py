@@ -256,7 +256,7 @@ class _TqdmBar:
         self.bar.set_postfix_str(text, refresh=False)
 
 
-STAGE_TABLES = ("train", "fisher", "validate", "plan", "quantize", "sample", "classifier", "fid")
+STAGE_TABLES = ("train", "fisher", "validate", "plan", "quantize", "sample", "classifier", "fid", "compare")
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
 
 

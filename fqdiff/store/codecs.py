@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
+from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured
+from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build
 from fqdiff.quant.container import SCHEMA, metadata, part_name
@@ -28,6 +30,7 @@ from fqdiff.values import (
     Budget,
     Checkpoint,
     ClassifierWeights,
+    Comparison,
     Dataset,
     FidResult,
     ModelSpec,
@@ -44,6 +47,7 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 PLAN_SCHEMA = 3
+COMPARISON_SCHEMA = 1
 LABEL_LIMIT = 65_536
 
 
@@ -362,6 +366,39 @@ def load_metrics(directory: Path) -> FidResult:
         return record(FidResult, read_json(path))
 
 
+def save_comparison(value: Comparison, directory: Path) -> None:
+    _write_json(directory / "comparison.json", {"schema": COMPARISON_SCHEMA, **asdict(value)})
+
+
+def load_comparison(directory: Path) -> Comparison:
+    path = directory / "comparison.json"
+    with readable(path, "a comparison"):
+        data = dict(mapping(read_json(path)))
+        if data.pop("schema", None) != COMPARISON_SCHEMA:
+            raise ValueError(f"it is not of schema {COMPARISON_SCHEMA}, which this fqdiff reads")
+        value = record(Comparison, data)
+        _check_comparison(value)
+        return value
+
+
+def _check_comparison(value: Comparison) -> None:
+    metrics = [metric for metric in (*PAIRED, *DISTRIBUTION) if any(m.metric == metric for m in value.measures)]
+    if metrics not in ([*PAIRED, *DISTRIBUTION], [*PAIRED, *DISTRIBUTION[:-1]]):
+        raise ValueError(f"it has the metrics {', '.join(metrics)}")
+    if not 1 <= value.models <= len(value.measures) or not 0.5 <= value.level < 1:
+        raise ValueError(f"it has {value.models} models, and a level of {value.level}")
+    floor = value.floor_seed is not None
+    measures = [(metric, role) for metric in metrics for role in measured(metric, value.models, floor)]
+    if sorted((m.metric, m.of) for m in value.measures) != sorted(measures):
+        raise ValueError("it lacks a measure, or has one too many")
+    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
+    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
+    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
+        raise ValueError("it lacks a difference, or has one too many")
+    if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
+        raise ValueError("it has a verdict or a p-value that cannot be")
+
+
 CODECS: Mapping[str, Codec] = {
     "dataset": Codec(save_dataset, load_dataset),
     "checkpoint": Codec(save_checkpoint, load_checkpoint),
@@ -372,4 +409,5 @@ CODECS: Mapping[str, Codec] = {
     "samples": Codec(save_samples, load_samples),
     "features": Codec(save_features, load_features),
     "metrics": Codec(save_metrics, load_metrics),
+    "comparison": Codec(save_comparison, load_comparison),
 }

@@ -13,7 +13,9 @@ from fqdiff.store.fields import count, items, mapping, number, record, text
 from fqdiff.store.files import readable
 
 SCHEMA = 1
-KINDS = ("dataset", "checkpoint", "fisher", "validation", "plan", "quantized", "samples", "features", "metrics")
+KINDS = (
+    "dataset", "checkpoint", "fisher", "validation", "plan", "quantized", "samples", "features", "metrics", "comparison"
+)  # fmt: skip
 ID_LENGTH = 16
 ID_PATTERN = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")

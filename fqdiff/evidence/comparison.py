@@ -1,0 +1,211 @@
+"""Every metric of several sets of images, what resampling them does to it, and which differences are more than chance.
+
+Shapes: N images in every set and in the reference, D features, R resamples.
+"""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import astuple, dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
+from fqdiff.evidence.inception_score import inception_score_draws
+from fqdiff.evidence.kernel import kernel_draws
+from fqdiff.evidence.neighbours import manifold_draws
+from fqdiff.evidence.paired import feature_distance, image_mse, psnr, ssim
+from fqdiff.evidence.resampling import mean_draws
+
+BASELINE, FLOOR = "baseline", "floor"
+PAIRED = ("image_mse", "psnr", "ssim", "feature_distance")
+MANIFOLD = ("precision", "recall", "density", "coverage")
+DISTRIBUTION = ("fid", "kid", *MANIFOLD, "inception_score")
+LOWER_IS_BETTER = ("image_mse", "feature_distance", "fid", "kid")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images uint8 [N, C, H, W], their features [N, D], class probabilities [N, K] if known, and how often each resample
+    draws each image: int32 [R, N].
+    """
+
+    images: Tensor
+    features: Tensor
+    probabilities: Tensor | None
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric's ``value``, and its ``draws`` float64 [R], one of each resample."""
+
+    value: float
+    draws: Tensor
+
+    @property
+    def standard_error(self) -> float:
+        """The draws' standard deviation. Their mean is of no use: resampling adds the bias of a finite sample once more."""
+        return float(self.draws.std())
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One metric of the images ``of`` one role, with its standard error and interval. Of paired metrics: against the baseline."""
+
+    metric: str
+    of: str
+    value: float
+    standard_error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric ``of`` one role minus that of ``against``, its interval, and whether it is chance.
+
+    ``p``: two-sided; ``adjusted_p``: after Holm's correction over all pairs of the metric. ``verdict``: one of VERDICTS, on
+    ``of``. ``images_needed``: with how many images a difference of this size would be told; None for no number.
+    """
+
+    metric: str
+    of: str
+    against: str
+    difference: float
+    standard_error: float
+    low: float
+    high: float
+    p: float
+    adjusted_p: float
+    verdict: str
+    images_needed: int | None
+
+
+Results = Mapping[str, Mapping[str, Resampled]]  # by metric, then by role
+
+
+def paired_metrics(one: ImageSet, baseline: ImageSet) -> dict[str, Resampled]:
+    """The means of PAIRED between image k of both sets, over all k."""
+    values = {
+        "image_mse": image_mse(one.images, baseline.images),
+        "psnr": psnr(one.images, baseline.images),
+        "ssim": ssim(one.images, baseline.images),
+        "feature_distance": feature_distance(one.features, baseline.features),
+    }
+    return {name: Resampled(float(v.mean()), mean_draws(v, one.counts)) for name, v in values.items()}
+
+
+def kernel_metrics(real: ImageSet, sets: Sequence[ImageSet], tick: Callable[[int], None]) -> list[Resampled]:
+    """KID of each of ``sets``; ``tick`` is told of each."""
+    draws = kernel_draws(
+        real.features, _after_whole(real.counts), [(s.features, _after_whole(s.counts)) for s in sets], tick
+    )
+    return [_resampled(d) for d in draws.unbind(dim=1)]
+
+
+def manifold_metrics(real: ImageSet, fake: ImageSet) -> dict[str, Resampled]:
+    """MANIFOLD of one set."""
+    draws = manifold_draws(real.features, _after_whole(real.counts), fake.features, _after_whole(fake.counts))
+    return {name: _resampled(d) for name, d in zip(MANIFOLD, astuple(draws), strict=True)}
+
+
+def score_metric(one: ImageSet) -> dict[str, Resampled]:
+    """The Inception score, where class probabilities are known."""
+    if one.probabilities is None:
+        return {}
+    return {"inception_score": _resampled(inception_score_draws(one.probabilities, _after_whole(one.counts)))}
+
+
+def _after_whole(counts: Tensor) -> Tensor:
+    """``counts`` after those of the images themselves, so that one pass gives value and draws."""
+    return torch.cat([torch.ones_like(counts[:1]), counts])
+
+
+def _resampled(draws: Tensor) -> Resampled:
+    return Resampled(float(draws[0]), draws[1:])
+
+
+def measures(results: Results, level: float) -> tuple[Measure, ...]:
+    """One row for each metric and role; the intervals are normal ones of ``level``."""
+    rows = []
+    for metric in _in_order(results):
+        for role, found in results[metric].items():
+            half = half_width(found.standard_error, level)
+            rows.append(
+                Measure(metric, role, found.value, found.standard_error, found.value - half, found.value + half)
+            )
+    return tuple(rows)
+
+
+def model_roles(models: int) -> list[str]:
+    """The roles of so many models."""
+    return [f"model{k}" for k in range(1, models + 1)]
+
+
+def measured(metric: str, models: int, floor: bool) -> list[str]:
+    """The roles that ``metric`` is measured of; a paired one measures against the baseline."""
+    return [*([] if metric in PAIRED else [BASELINE]), *model_roles(models), *([FLOOR] if floor else [])]
+
+
+def compared(metric: str, models: int) -> list[tuple[str, str]]:
+    """The pairs of roles whose difference in ``metric`` is asked for: models against the baseline, and against each other.
+
+    Against the baseline a paired metric has no difference: it is one.
+    """
+    against_baseline = [] if metric in PAIRED else [(role, BASELINE) for role in model_roles(models)]
+    return against_baseline + [(of, against) for against, of in combinations(model_roles(models), 2)]
+
+
+def differences(
+    results: Results, models: int, full_precision_of: Sequence[int], images: int, level: float
+) -> tuple[Difference, ...]:
+    """One row for each metric and pair of roles, and one for floor against baseline.
+
+    Holm's correction is over the pairs of a metric; the floor, which is no question about the models, stays out.
+    ``full_precision_of``: numbers of the models that the baseline is the full precision of.
+    """
+    own = {f"model{k}" for k in full_precision_of} | {FLOOR}
+    rows: list[Difference] = []
+    for metric in _in_order(results):
+        by_role = results[metric]
+        pairs = compared(metric, models)
+        ps = [p_value(*_difference(by_role, *pair)) for pair in pairs]
+        adjusted = holm(ps)
+        if FLOOR in by_role and metric not in PAIRED:
+            pairs.append((FLOOR, BASELINE))
+            ps.append(p_value(*_difference(by_role, FLOOR, BASELINE)))
+            adjusted.append(ps[-1])
+        for pair, p, corrected in zip(pairs, ps, adjusted, strict=True):
+            rows.append(_row(metric, by_role, pair, p, corrected, own, images, level))
+    return tuple(rows)
+
+
+def _in_order(results: Results) -> list[str]:
+    return [metric for metric in (*PAIRED, *DISTRIBUTION) if metric in results]
+
+
+def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tuple[float, float]:
+    a, b = by_role[of], by_role[against]
+    return a.value - b.value, float((a.draws - b.draws).std())
+
+
+def _row(
+    metric: str,
+    by_role: Mapping[str, Resampled],
+    pair: tuple[str, str],
+    p: float,
+    adjusted: float,
+    own: Set[str],
+    images: int,
+    level: float,
+) -> Difference:
+    d, error = _difference(by_role, *pair)
+    half = half_width(error, level)
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    ahead = pair[0] if sign * d > 0 else pair[1]
+    # A paired metric has no value of the baseline to be beyond.
+    beyond = metric not in PAIRED and ahead in own and sign * (by_role[ahead].value - by_role[BASELINE].value) > 0
+    word = verdict(sign * d, adjusted, level, beyond)
+    needed = images_needed(d, error, images, level)
+    return Difference(metric, *pair, d, error, d - half, d + half, p, adjusted, word, needed)

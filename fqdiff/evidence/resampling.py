@@ -1,0 +1,23 @@
+"""Bootstrap resamples as counts: how often each image is drawn. Shared counts are what pairs two models.
+
+Shapes: N images, R resamples.
+"""
+
+import torch
+from torch import Tensor
+
+
+def draw_counts(images: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """int32 [R, N]: how often each of N images is drawn in each of R resamples of N, with replacement.
+
+    Resample r takes the r-th N numbers of ``generator``: a shorter run starts with the same resamples.
+    """
+    counts = [
+        torch.randint(images, (images,), generator=generator).bincount(minlength=images) for _ in range(resamples)
+    ]
+    return torch.stack(counts).int()
+
+
+def mean_draws(values: Tensor, counts: Tensor) -> Tensor:
+    """Mean of ``values`` [N] in each resample of ``counts`` [R, N]; float64 [R]."""
+    return counts.double() @ values.double() / len(values)

@@ -1,0 +1,150 @@
+"""Are these models different, by how much, and how sure: every metric of sets of images made from the same noise."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from fqdiff.configs import CompareConfig
+from fqdiff.context import Context
+from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
+from fqdiff.evidence.comparison import (
+    BASELINE,
+    FLOOR,
+    ImageSet,
+    Resampled,
+    differences,
+    kernel_metrics,
+    manifold_metrics,
+    measures,
+    model_roles,
+    paired_metrics,
+    score_metric,
+)
+from fqdiff.evidence.features import FeatureNetwork
+from fqdiff.evidence.frechet import frechet_distance_of_features
+from fqdiff.evidence.frechet_bootstrap import frechet_draws, resamples_at_once
+from fqdiff.evidence.resampling import draw_counts
+from fqdiff.rng import generator
+from fqdiff.sensitivity.ledger import Ledger
+from fqdiff.values import ClassifierWeights, Comparison, Dataset, SampleSet
+
+
+def compare(
+    dataset: Dataset,
+    features: FeatureNetwork | ClassifierWeights,
+    baseline: SampleSet,
+    floor: SampleSet | None,
+    models: Sequence[SampleSet],
+    config: CompareConfig,
+    seed: int,
+    context: Context,
+) -> Comparison:
+    """All metrics of ``models`` and ``baseline``, their differences with intervals, and a verdict on every pair.
+
+    Image k of ``baseline`` and of all ``models`` was made from the same noise: each resample draws the same k of all of them,
+    and held-out images of ``dataset`` on their own. ``floor``, the baseline's model with another seed, is drawn apart: it shows
+    how far two runs of one model differ. Every metric is of the same N images. Raises LineageError for sets of different
+    seeds, DataError for images of different shapes, ConfigError for a count that one set does not have.
+    """
+    network = features.feature_network() if isinstance(features, ClassifierWeights) else features
+    samples = {BASELINE: baseline, **dict(zip(model_roles(len(models)), models, strict=True))}
+    _check_pairing(samples, floor)
+    if floor is not None:
+        samples[FLOOR] = floor
+    n = _common_count(samples, dataset, config)
+    # As the fid stage does: a source may be sorted by label.
+    chosen = torch.randperm(len(dataset.reference), generator=generator(0, "reference"))[:n].sort().values
+    shared, apart, held_out = (
+        draw_counts(n, config.resamples, generator(seed, label)) for label in ("images", "floor", "held-out images")
+    )
+    results: dict[str, dict[str, Resampled]] = {}
+    with context.progress(1 + 4 * len(samples), "compare", "step") as bar:
+
+        def described(role: str, images: torch.Tensor, counts: torch.Tensor) -> ImageSet:
+            probabilities = network.probabilities(images) if network.probabilities else None
+            found = ImageSet(images, network.extract(images), probabilities, counts)
+            if not torch.isfinite(found.features).all():
+                raise NumericalError(f"features of {role} hold NaN or infinity", "look at the images they come from")
+            bar.update()
+            return found
+
+        def each_set(metrics: Callable[[ImageSet], Mapping[str, Resampled]]) -> None:
+            for role, one in sets.items():
+                for metric, value in metrics(one).items():
+                    results.setdefault(metric, {})[role] = value
+                bar.update()
+
+        real = described("held-out images", dataset.reference[chosen], held_out)
+        sets = {role: described(role, s.images[:n], apart if role == FLOOR else shared) for role, s in samples.items()}
+        base = sets[BASELINE]
+        each_set(lambda one: {} if one is base else paired_metrics(one, base))
+        kernel = kernel_metrics(real, [*sets.values()], bar.update)
+        each_set(lambda one: manifold_metrics(real, one) | score_metric(one))
+    results["kid"] = dict(zip(sets, kernel, strict=True))
+    results["fid"] = _frechet_metric(real, sets, context)
+    return Comparison(
+        n=n,
+        level=config.level,
+        resamples=config.resamples,
+        features=network.name,
+        features_sha256=network.sha256,
+        dimension=real.features.shape[1],
+        reference=f"{dataset.name}, {n} of {len(dataset.reference)} held-out images",
+        seed=baseline.seed,
+        floor_seed=floor.seed if floor is not None else None,
+        models=len(models),
+        measures=measures(results, config.level),
+        differences=differences(results, len(models), config.full_precision_of, n, config.level),
+    )
+
+
+def _check_pairing(paired: Mapping[str, SampleSet], floor: SampleSet | None) -> None:
+    """Raise LineageError or DataError unless image k of all sets was made from the same noise, and ``floor``'s was not."""
+    baseline = paired[BASELINE]
+    if len(paired) < 2:
+        raise ConfigError("there is no model to compare the baseline with", "name one or more")
+    for role, one in paired.items():
+        if one.seed != baseline.seed:
+            raise LineageError(
+                f"{role} has seed {one.seed}, the baseline {baseline.seed}: their images share no noise",
+                "sample all with the same --seed",
+            )
+        if one.images.shape[1:] != baseline.images.shape[1:]:
+            raise DataError(
+                f"{role} has images {tuple(one.images.shape[1:])}, the baseline {tuple(baseline.images.shape[1:])}",
+                "compare models of one image size",
+            )
+    if floor is not None and floor.seed == baseline.seed:
+        raise LineageError(
+            f"the noise floor has the baseline's own seed {floor.seed}",
+            "sample the baseline's model with another --seed",
+        )
+
+
+def _common_count(samples: Mapping[str, SampleSet], dataset: Dataset, config: CompareConfig) -> int:
+    """How many images of each set are compared: FIDs of different N are different quantities."""
+    available = {"held-out": dataset.reference, **{role: s.images for role, s in samples.items()}}
+    shapes = {tuple(images.shape[1:]) for images in available.values()}
+    if len(shapes) > 1:
+        raise DataError(
+            f"images of {' and '.join(str(s) for s in sorted(shapes))}",
+            "compare with the data set the models were trained on",
+        )
+    role, fewest = min(((role, len(images)) for role, images in available.items()), key=lambda item: item[1])
+    if config.count > fewest:
+        raise ConfigError(f"{config.count} images asked for; there are {fewest} of {role}", "lower --count")
+    return config.count or fewest
+
+
+def _frechet_metric(real: ImageSet, sets: Mapping[str, ImageSet], context: Context) -> dict[str, Resampled]:
+    """FID of each of ``sets`` and its draws, which are kept as parts: with large features they take hours."""
+    resamples, at_once = len(real.counts), resamples_at_once(real.features)
+    with context.soft_stop() as stop_requested:
+        ledger = Ledger(context, stop_requested)
+        draws = ledger.rows("fid", resamples, len(sets))
+        for k in ledger.units("bootstrap", -(-resamples // at_once), "piece"):
+            part = slice(k * at_once, (k + 1) * at_once)
+            drawn = [(one.features, one.counts[part]) for one in sets.values()]
+            draws[part] = frechet_draws(real.features, real.counts[part], drawn)
+    values = [frechet_distance_of_features(real.features, one.features) for one in sets.values()]
+    return {role: Resampled(v, d) for role, v, d in zip(sets, values, draws.clone().unbind(dim=1), strict=True)}
