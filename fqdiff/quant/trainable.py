@@ -96,7 +96,7 @@ class TrainableTensor(nn.Module):
 
     def stored_grid(self) -> Tensor:
         """Scales or codebook as they are stored: rounded to their dtype, scales neither 0 nor turned, entries in order."""
-        dtype = self.start.granularity.scale_dtype
+        dtype = self.granularity.scale_dtype
         if self.grid is None:
             return self.get_buffer("scale")
         if self.start.format.kind == "codebook":
