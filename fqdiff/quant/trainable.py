@@ -59,7 +59,7 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TrainableTensor(nn.Module):
-    """One packed tensor without kept elements. Calling it gives its values, float32; :meth:`packed` the tensor that has just these.
+    """One packed tensor without kept elements. Calling it gives its values, float32; :meth:`packed` the tensor with just these.
 
     ``weight``: what is rounded, shaped as the values are, for a cast, or [G, n]. ``grid``: scale [G] or codebook [G, K]; None for
     casts and float8, whose scale stays. ``step``: how far apart neighbouring values are, on average.
