@@ -3,18 +3,19 @@
     fqdiff import pretrained:mnist-small --name mnist-small
     fqdiff fisher mnist-small --kind true --timesteps 100 --granularity weight --name loss
     fqdiff fisher mnist-small --kind trajectory --samples 64 --name runs
-    python benchmarks/budget.py mnist-small --loss loss --runs runs --budgets 2,2.5,3,4 --images 128
+    python benchmarks/budget.py mnist-small --loss loss --runs runs
 
 Everything is counted in bits per weight: the size of the file, over the weights of the network. All models start from the same
 noise. Noise error: 1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs, and over timesteps. Image error: squared
 difference of pixels in [-1, 1] to the full-precision model's image from the same noise, with a 95 % bootstrap interval over
-images.
+images; the paired difference to the first strategy of the same budget has one of its own.
 """
 
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from fqdiff.configs import PlanConfig, QuantizeConfig, SampleConfig
+from fqdiff.configs import RIVALS, ClassifierConfig, FidConfig, PlanConfig, QuantizeConfig, SampleConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError
 from fqdiff.evidence.features import to_unit_range
@@ -32,47 +33,68 @@ from fqdiff.pipeline import Runner, Step
 from fqdiff.rng import generator
 from fqdiff.sensitivity.inputs import Inputs, draw_inputs, graded_timesteps
 from fqdiff.sensitivity.measure import outputs, residual, rises
+from fqdiff.stages.fid import fid
 from fqdiff.stages.sample import sample
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
-from fqdiff.values import Checkpoint, SampleSet
+from fqdiff.values import Checkpoint, ClassifierWeights, Dataset, SampleSet
 
 CPU = torch.device("cpu")
 TIMESTEPS, SAMPLES = 20, 5  # held-out inputs of the noise error
 RESAMPLES = 1000
 GRAINS = "tensor,channel,group-near:64"
 INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2", "ternary")
-# name -> (which table, settings)
-STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "fisher": ("loss", {"score": "fisher", "granularity": GRAINS, "scale": "float16"}),
-    "trajectory": ("runs", {"score": "trajectory", "granularity": GRAINS, "scale": "float16"}),
-    "fisher, no codebooks": (
-        "loss",
-        {"score": "fisher", "granularity": GRAINS, "scale": "float16", "formats": INTEGERS},
-    ),
+FREE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}
+# name -> (which table, settings of the plan, steps of distillation)
+STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "fisher, distilled": ("loss", {"score": "fisher", **FREE}, 1000),
+    "trajectory, distilled": ("runs", {"score": "trajectory", **FREE}, 1000),
+    "fisher": ("loss", {"score": "fisher", **FREE}, 0),
+    "trajectory": ("runs", {"score": "trajectory", **FREE}, 0),
+    "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}, 0),
+    "fisher, by gain": ("loss", {"score": "fisher", "timestep_weights": "gain", **FREE}, 0),
+    "fisher, no codebooks": ("loss", {"score": "fisher", "formats": INTEGERS, **FREE}, 0),
     "fisher, int by channel": (
         "loss",
         {"score": "fisher", "scale": "float16", "formats": INTEGERS, "ranges": ("min-max",)},
+        0,
     ),
-    "weight error": ("loss", {"score": "weight-mse", "granularity": GRAINS, "scale": "float16"}),
-    "random": ("loss", {"score": "random", "granularity": GRAINS, "scale": "float16"}),
-    "reverse": ("loss", {"score": "reverse", "granularity": GRAINS, "scale": "float16"}),
-    "uniform": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}),
+    "hawq": ("loss", {"score": "hawq", **FREE}, 0),
+    "modelopt": ("loss", {"score": "modelopt", **FREE}, 0),
+    "autoround": ("loss", {"score": "autoround", **FREE}, 0),
+    "weight error": ("loss", {"score": "weight-mse", **FREE}, 0),
+    "random": ("loss", {"score": "random", **FREE}, 0),
+    "reverse": ("loss", {"score": "reverse", **FREE}, 0),
+    "uniform": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, 0),
 }
 
 
 @dataclass(frozen=True)
+class Made:
+    """A model with the ids of its plan and of itself; ``seed`` of its samples."""
+
+    plan: str
+    model: str
+    file_bytes: int
+    value: Any
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Row:
-    """One model of the table; ``source``: the id of its plan, or of the checkpoint."""
+    """One model of the table. ``errors``: of each image; ``fid``: digits, of them all, and its difference to full precision's."""
 
     budget: float | None
     label: str
-    source: str
+    plan: str
+    model: str
     file_bytes: int
     noise_error: float
-    image_error: float
-    interval: tuple[float, float]
+    errors: list[float]
     mean_shift: float
+    fid: float
+    fid_difference: float
+    fid_interval: tuple[float, float]
 
 
 class Judge:
@@ -87,14 +109,22 @@ class Judge:
         self.residual = residual(self.inputs, self.reference)
 
     @cached_property
+    def baseline_samples(self) -> SampleSet:
+        """What all others are compared with."""
+        return self.samples(self.checkpoint, 0)
+
+    @cached_property
     def baseline(self) -> Tensor:
-        """The full-precision model's images, which all others are compared with."""
-        return self.sampled(self.checkpoint, 0)
+        """The full-precision model's images in [-1, 1], float64."""
+        return to_unit_range(self.baseline_samples.images).double()
+
+    def samples(self, model: Any, seed: int) -> SampleSet:
+        """Images from the noise of ``seed``."""
+        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, Context())
 
     def sampled(self, model: Any, seed: int) -> Tensor:
-        """Images in [-1, 1] from the noise of ``seed``."""
-        made: SampleSet = sample(model, SampleConfig(steps=self.steps, count=self.images), seed, Context())
-        return to_unit_range(made.images).double()
+        """The same in [-1, 1], float64."""
+        return to_unit_range(self.samples(model, seed).images).double()
 
     def noise_error(self, model: Any) -> float:
         """1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs and timesteps."""
@@ -106,51 +136,87 @@ class Judge:
         """Mean squared difference of each of ``images`` to the full-precision one of the same noise, float64 [N]."""
         return (images - self.baseline).square().flatten(1).mean(dim=1)
 
-    def row(self, budget: float | None, label: str, source: str, file_bytes: int, model: Any, seed: int = 0) -> Row:
-        """Everything measured of ``model``."""
-        images = self.sampled(model, seed)
-        each = self.image_errors(images)
-        draw = generator(0, "budget bootstrap")
-        means = each[torch.randint(len(each), (RESAMPLES, len(each)), generator=draw)].mean(dim=1)
-        low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        shift = float((images - self.baseline).mean())
+    def row(self, budget: float | None, label: str, made: Made, dataset: Dataset, features: ClassifierWeights) -> Row:
+        """Everything measured of a model."""
+        samples = self.samples(made.value, made.seed)
+        images = to_unit_range(samples.images).double()
+        # Of other noise there are no pairs; the stage would refuse it.
+        beside = replace(samples, seed=self.baseline_samples.seed)
+        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, Context())
+        assert found.difference is not None
+        assert found.interval is not None
         return Row(
             budget,
             label,
-            source,
-            file_bytes,
-            self.noise_error(model),
-            float(each.mean()),
-            (low, high),
-            shift,
+            made.plan,
+            made.model,
+            made.file_bytes,
+            self.noise_error(made.value),
+            self.image_errors(images).tolist(),
+            float((images - self.baseline).mean()),
+            found.fid,
+            found.difference,
+            found.interval,
         )
+
+
+def mean_and_interval(values: Tensor) -> tuple[float, float, float]:
+    """Mean over images, and its 95 % bootstrap interval."""
+    draw = generator(0, "budget bootstrap")
+    means = values[torch.randint(len(values), (RESAMPLES, len(values)), generator=draw)].mean(dim=1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.mean()), low, high
 
 
 def ours(
     runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], target: dict[str, Any], name: str
-) -> tuple[str, int, Any] | None:
-    """Plan id, file size and model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
-    table, settings = STRATEGIES[name]
-    config = PlanConfig("budget", **target, **settings)
-    step = Step("plan", {"checkpoint": checkpoint, "fisher": tables[table]}, config)
+) -> Made | None:
+    """The model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
+    role, settings, steps = STRATEGIES[name]
+    table, config = tables[role], PlanConfig("budget", **target, **settings)
+    inputs = {"checkpoint": checkpoint, "fisher": table}
+    if settings["score"] in RIVALS:
+        given = table.input("dataset")
+        assert given is not None
+        dataset = runner.store.find("dataset", given.id)
+        assert dataset is not None
+        inputs["dataset"] = dataset
+    by_gain = settings.get("timestep_weights") == "gain"
+    if by_gain:
+        inputs["trajectory"] = tables["runs"]
     try:
-        plan = runner.run(step)
+        plan = runner.run(Step("plan", inputs, config))
     except ConfigError:
         return None
     inputs = {"checkpoint": checkpoint, "plan": plan}
-    if tables[table].recipe.config["granularity"] == "weight":
-        inputs["fisher"] = tables[table]
-    made = runner.run(Step("quantize", inputs, QuantizeConfig()))
-    return plan.id, made.file("model.safetensors").bytes, runner.load(made)
+    if table.recipe.config["granularity"] == "weight":
+        inputs["fisher"] = table
+        if by_gain:
+            inputs["trajectory"] = tables["runs"]
+    made = runner.run(Step("quantize", inputs, QuantizeConfig(distill=steps)))
+    return Made(plan.id, made.id, made.file("model.safetensors").bytes, runner.load(made))
 
 
-def line(row: Row, parameters: int) -> str:
-    """``row`` as one line of the table."""
-    bits = 8 * row.file_bytes / parameters
-    low, high = row.interval
+HEAD = (
+    "| model | bits | bytes | noise error | image error [95 %] | above the first [95 %] | shift | FID digits | plan | model |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def line(row: Row, parameters: int, first: Row | None) -> str:
+    """``row`` as one line of the table; ``first``: of the same budget."""
+    mean, low, high = mean_and_interval(torch.tensor(row.errors))
+    more = ""
+    if first is not None and first is not row:
+        more = "{:+.4f} [{:+.4f}, {:+.4f}]".format(
+            *mean_and_interval(torch.tensor(row.errors) - torch.tensor(first.errors))
+        )
+    a, b = row.fid_interval
+    name = row.label if row.budget is None else f"{row.label}, {row.budget:g}"
     return (
-        f"{row.label:30} {bits:6.3f} {row.file_bytes:10,} {row.noise_error:11.4g}"
-        f" {row.image_error:9.5f} [{low:.5f}, {high:.5f}] {row.mean_shift:+8.4f}  {row.source}"
+        f"| {name} | {8 * row.file_bytes / parameters:.3f} | {row.file_bytes:,} | {row.noise_error:.3g}"
+        f" | {mean:.5f} [{low:.5f}, {high:.5f}] | {more} | {row.mean_shift:+.3f}"
+        f" | {row.fid:.1f}, {row.fid_difference:+.1f} [{a:+.1f}, {b:+.1f}] | {row.plan} | {row.model} |"
     )
 
 
@@ -161,11 +227,13 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path(os.environ.get("FQDIFF_STORE", "fqdiff-store")))
     parser.add_argument("--loss", required=True, help="Fisher table of the loss, with single weights")
     parser.add_argument("--runs", required=True, help="Fisher table of sampler runs")
-    parser.add_argument("--budgets", default="2,2.5,3,4")
+    parser.add_argument("--budgets", default="1.5,2,2.5,3,4")
     parser.add_argument("--strategies", default="/".join(STRATEGIES), help="separated by slashes; empty for none")
-    parser.add_argument("--images", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--output", type=Path, help="also write the rows here, as JSON")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--output", type=Path, default=Path("budget.json"), help="keep rows here, and measure none twice"
+    )
     options = parser.parse_args()
 
     store = Store(options.store)
@@ -178,30 +246,54 @@ def main() -> None:
     }
     given = manifest.input("dataset")
     assert given is not None
-    dataset = store.find("dataset", given.id)
-    assert dataset is not None
-    judge = Judge(checkpoint, runner.load(dataset).reference, options.images, options.steps)
+    found = store.find("dataset", given.id)
+    assert found is not None
+    dataset: Dataset = runner.load(found)
+    network = runner.run(Step("classifier", {"dataset": found}, ClassifierConfig()))
+    features: ClassifierWeights = runner.load(network)
+    judge = Judge(checkpoint, dataset.reference, options.images, options.steps)
     parameters = sum(t.numel() for t in checkpoint.tensors.values())
+    facts = {
+        "checkpoint": manifest.id,
+        "tables": {role: table.id for role, table in tables.items()},
+        "dataset": found.id,
+        "features": network.id,
+        "images": options.images,
+        "steps": options.steps,
+    }
     rows: list[Row] = []
+    if options.output.exists():
+        kept = json.loads(options.output.read_text())
+        if kept["facts"] != facts:
+            raise SystemExit(f"{options.output} holds rows of other settings: {kept['facts']}")
+        rows = [Row(**row) for row in kept["rows"]]
 
-    def add(row: Row) -> None:
-        rows.append(row)
-        print(line(row, parameters), flush=True)
-        if options.output is not None:
-            options.output.write_text(json.dumps([vars(r) for r in rows], indent=1))
+    def measured(budget: float | None, label: str, make: Callable[[], Made | None]) -> Row | None:
+        for row in rows:
+            if (row.budget, row.label) == (budget, label):
+                return row
+        made = make()
+        if made is None:
+            return None
+        rows.append(judge.row(budget, label, made, dataset, features))
+        options.output.write_text(json.dumps({"facts": facts, "rows": [vars(r) for r in rows]}))
+        return rows[-1]
 
-    print(f"checkpoint {manifest.id}, tables {tables['loss'].id} and {tables['runs'].id}, data set {dataset.id}")
-    print(f"{options.images} images, DDIM-{options.steps}, seed 0")
-    print(f"{'model':30} {'bits':>6} {'bytes':>10} {'noise error':>11} {'image error [95 %]':>30} {'mean':>8}  source")
+    print(f"{facts}\n\n" + "\n".join(HEAD))
     full = manifest.file("model.safetensors").bytes
-    add(judge.row(None, "float32, other noise", manifest.id, full, checkpoint, seed=1))
+    other = measured(None, "float32, other noise", lambda: Made("", manifest.id, full, checkpoint, seed=1))
+    assert other is not None
+    print(line(other, parameters, None), flush=True)
     for budget in (float(b) for b in options.budgets.split(",") if b):
+        first = None
         for name in (s for s in options.strategies.split("/") if s):
-            made = ours(runner, manifest, tables, {"target_bpw": budget}, name)
-            if made is None:
-                print(f"{name:30} nothing fits {budget:g} bits per weight")
+            target = {"target_bpw": budget}
+            row = measured(budget, name, lambda n=name, t=target: ours(runner, manifest, tables, t, n))
+            if row is None:
+                print(f"| {name}, {budget:g} | nothing fits |" + " |" * 8)
             else:
-                add(judge.row(budget, f"{name}, {budget:g}", *made))
+                first = first or row
+                print(line(row, parameters, first), flush=True)
 
 
 if __name__ == "__main__":

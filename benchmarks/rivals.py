@@ -136,10 +136,9 @@ class Bench:
         made = ours(self.runner, self.manifest, self.tables, {"target_bytes": target_bytes}, name)
         if made is None:
             return None
-        plan, size, model = made
-        key = {**self.key, "plan": plan}
-        noise = self.ledger.get({**key, "measure": "noise"}, lambda: {"noise": self.judge.noise_error(model)})["noise"]
-        return Row(f"fqdiff: {name}", plan, size, noise, self.images(key, lambda: model))
+        key = {**self.key, "plan": made.plan, "model": made.model}
+        found = self.ledger.get({**key, "measure": "noise"}, lambda: {"noise": self.judge.noise_error(made.value)})
+        return Row(f"fqdiff: {name}", made.plan, made.file_bytes, found["noise"], self.images(key, lambda: made.value))
 
 
 def entrants(rows: Iterable[tuple[Setting, Row]], budgets: list[float], parameters: int) -> list[tuple[Setting, Row]]:

@@ -80,7 +80,7 @@ FORMATS = {
         *(Format(f"int{bits}", "integer", bits, symmetric=False) for bits in (8, 6, 5, 4, 3, 2)),
         *(Format(f"int{bits}{SYMMETRIC}", "integer", bits) for bits in (8, 6, 5, 4, 3, 2)),
         Format("ternary", "ternary", 1.6),  # five codes of three values fill a byte: 3^5 = 243
-        *(Format(f"codebook{bits}", "codebook", bits) for bits in (4, 3, 2)),
+        *(Format(f"codebook{bits}", "codebook", bits) for bits in (4, 3, 2, 1)),
     )
 }
 
