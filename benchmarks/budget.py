@@ -47,8 +47,7 @@ INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2"
 FREE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}
 # name -> (which table, settings of the plan, steps of distillation)
 STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "fisher, distilled": ("loss", {"score": "fisher", **FREE}, 1000),
-    "trajectory, distilled": ("runs", {"score": "trajectory", **FREE}, 1000),
+    "fisher, distilled": ("loss", {"score": "fisher", **FREE}, 1200),
     "fisher": ("loss", {"score": "fisher", **FREE}, 0),
     "trajectory": ("runs", {"score": "trajectory", **FREE}, 0),
     "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}, 0),
