@@ -31,6 +31,7 @@ FORMATS = (
     "ternary",
     "codebook3",
     "codebook2",
+    "codebook1",
     "float8_e4m3",
     "float16",
     "bfloat16",
@@ -220,3 +221,14 @@ def test_a_saved_part_of_another_recipe_is_refused(checkpoint: Checkpoint, low: 
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         QuantizeConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_phases_and_kept_elements_are_refused(checkpoint: Checkpoint, low: Plan) -> None:
+    first = next(e for e in low.entries if e.format == "int3" and e.shape[0] > 1)
+    for change in (
+        {"format": "int3:3/2", "bytes": 0},
+        {"granularity": f"element:2:float16+{first.granularity}", "bytes": 0},
+    ):
+        entries = tuple(replace(e, **change) if e is first else e for e in low.entries)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="cannot be distilled"):
+            quantize(checkpoint, replace(low, entries=entries), None, FEW, 0, Context())
