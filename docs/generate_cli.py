@@ -16,6 +16,7 @@ COMMANDS = [
     ["plan"],
     ["plan", "show"],
     ["plan", "diff"],
+    ["calibrate"],
     ["quantize"],
     ["size"],
     ["sample"],

@@ -459,6 +459,53 @@ class ValidateConfig:
         require(self.resamples >= 2, f"resamples is {self.resamples}", "an interval needs 2 or more, e.g. 1000")
 
 
+CALIBRATION_SCHEMES = ("uniform", "ndtc", "early", "middle", "late", "fisher")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Which model inputs (x_t, t) are recorded: ``timesteps`` of each of ``samples`` sampler runs of ``steps`` steps.
+
+    ``uniform``: evenly spaced steps; ``early``, ``middle``, ``late``: the same within one third of the run, from noise to image.
+    ``ndtc``: drawn from a skew-normal on t / T, ``location``, ``spread`` and ``skew`` its parameters, cut off at 0 and 1.
+    ``fisher``: drawn in proportion to the Fisher information of the step's t. ``source`` data takes noised training images
+    instead of what the sampler meets. ``precision``: dtype in which x_t is stored.
+    """
+
+    scheme: str = "uniform"
+    source: str = "noise"
+    sampler: str = "ddim"
+    steps: int = 50
+    eta: float = 0.0
+    timesteps: int = 20
+    samples: int = 256
+    location: float = 0.4
+    spread: float = 0.4
+    skew: float = 0.0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("scheme", CALIBRATION_SCHEMES),
+            ("source", ("noise", "data")),
+            ("sampler", ("ddim", "ddpm")),
+            ("precision", ("float32", "float16")),
+        ):
+            require(
+                getattr(self, name) in known, f"unknown {name} '{getattr(self, name)}'", f"one of: {', '.join(known)}"
+            )
+        for name in ("steps", "timesteps", "samples"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}", "use 1 or more")
+        require(0 <= self.eta <= 1, f"eta is {self.eta}", "use 0 (deterministic) to 1 (as random as DDPM)")
+        require(self.eta == 0 or self.sampler == "ddim", "eta is DDIM's; ddpm has none", "leave eta out")
+        own = ("location", "spread", "skew")
+        unused = [name for name in own if getattr(self, name) != getattr(CalibrateConfig, name)]
+        require(self.scheme == "ndtc" or not unused, f"'{self.scheme}' has no use for {', '.join(unused)}", "add ndtc")
+        require(-1 <= self.location <= 2, f"location is {self.location}", "a share of T, e.g. 0.4")
+        require(0.01 <= self.spread <= 100, f"spread is {self.spread}", "a share of T, e.g. 0.4")
+        require(-100 <= self.skew <= 100, f"skew is {self.skew}", "0 for a normal, above it for a tail to large t")
+
+
 BIAS_CORRECTIONS = ("none", "static", "timestep")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fqdiff.diffusion.samplers import PredictNoise
 from fqdiff.diffusion.schedule import PREDICTIONS, NoiseSchedule, make_schedule, noise_from_velocity
 from fqdiff.digests import tensor_digest
-from fqdiff.errors import ArtifactCorrupt, require
+from fqdiff.errors import ArtifactCorrupt, LineageError, require
 from fqdiff.evidence.comparison import Difference, Measure
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
@@ -188,6 +188,33 @@ class QuantizedCheckpoint:
 
 
 Model = Checkpoint | QuantizedCheckpoint
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Model inputs, in the sampler's order: ``x_t`` float32 or float16 [N, C, H, W], ``t`` int64 [N] in [0, T).
+
+    ``model``: digest of the weights of the model that they were recorded for; ``num_train_timesteps``: its T.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    model: str
+    num_train_timesteps: int
+
+    def check_model(self, checkpoint: Checkpoint) -> None:
+        """Raise LineageError unless the set was recorded for ``checkpoint``."""
+        total = checkpoint.spec.noise_schedule().num_train_timesteps
+        if self.num_train_timesteps != total:
+            raise LineageError(
+                f"the calibration set has timesteps of {self.num_train_timesteps}, the model {total}",
+                "record one for this checkpoint: fqdiff calibrate",
+            )
+        if self.model != tensor_digest(checkpoint.tensors):
+            raise LineageError(
+                "the calibration set was recorded for another model",
+                "record one for this checkpoint: fqdiff calibrate",
+            )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from tests.test_evidence import StandIn
 COMMANDS = [
     ["train"], ["import"], ["fisher"], ["fisher", "top"], ["fisher", "merge"], ["fisher", "validate"], ["plan"],
     ["plan", "show"], ["plan", "diff"],
-    ["quantize"], ["size"], ["sample"], ["fid"], ["compare"], ["plot", "fisher"], ["plot", "plan"], ["plot", "compare"], ["run"],
+    ["calibrate"], ["quantize"], ["size"], ["sample"], ["fid"], ["compare"],
+    ["plot", "fisher"], ["plot", "plan"], ["plot", "compare"], ["run"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]  # fmt: skip
 

@@ -36,6 +36,7 @@ from fqdiff.store.store import Store, check_name
 from fqdiff.values import (
     Alternative,
     Budget,
+    CalibrationSet,
     Candidate,
     Checkpoint,
     ClassifierWeights,
@@ -190,6 +191,9 @@ def tiny_value(kind: str) -> Any:
         ]
         size = sum(sizes.values()) + 5000
         return Plan("budget", tuple(entries), size, Budget("fisher", "uniform", size, None, 0.0, 0.0, "budget"))
+    if kind == "calibration":
+        x_t = torch.randn(5, 1, 8, 8, generator=draw)
+        return CalibrationSet(x_t, torch.tensor([999, 999, 500, 500, 0]), "0" * 64, 1000)
     if kind == "quantized":
         packed = {name: pack_tensor(t, chosen[name], grains[name]) for name, t in tensors.items()}
         tables = {name: torch.randn(3, o, generator=draw).half() for name, o in (("head.output", 1), ("stem.conv", 4))}

@@ -43,6 +43,7 @@ TENSOR_FILES = {
     "dataset": "images.safetensors",
     "samples": "samples.safetensors",
     "features": "classifier.safetensors",
+    "calibration": "calibration.safetensors",
 }
 JSON_FILES = {"plan": "plan.json", "metrics": "metrics.json", "comparison": "comparison.json"}
 FILES = {**TENSOR_FILES, **JSON_FILES, "fisher": "fisher.parquet", "validation": "validation.parquet"}

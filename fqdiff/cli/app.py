@@ -7,6 +7,7 @@ import typer
 
 import fqdiff
 from fqdiff.cli import (
+    calibrate,
     compare,
     fid,
     fisher,
@@ -46,6 +47,7 @@ app.add_typer(fisher.app, name="fisher", rich_help_panel=PIPELINE)
 plan.app.command("show", epilog=plan_show.SHOW_EXAMPLE)(plan_show.show)
 plan.app.command("diff", epilog=plan_show.DIFF_EXAMPLE)(plan_show.diff)
 app.add_typer(plan.app, name="plan", rich_help_panel=PIPELINE)
+app.command("calibrate", rich_help_panel=PIPELINE, epilog=calibrate.EXAMPLE)(calibrate.calibrate)
 app.command("quantize", rich_help_panel=PIPELINE, epilog="Example: fqdiff quantize --output small.safetensors")(
     quantize.quantize
 )

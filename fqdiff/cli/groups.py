@@ -4,7 +4,9 @@ from typing import Any
 
 from typer.core import TyperGroup
 
-ORDER = ("train", "import", "fisher", "plan", "quantize", "size", "sample", "fid", "compare", "plot", "run", "store")
+ORDER = (
+    "train", "import", "fisher", "plan", "calibrate", "quantize", "size", "sample", "fid", "compare", "plot", "run", "store",
+)  # fmt: skip
 
 
 class InOrder(TyperGroup):

@@ -256,7 +256,9 @@ class _TqdmBar:
         self.bar.set_postfix_str(text, refresh=False)
 
 
-STAGE_TABLES = ("train", "fisher", "validate", "plan", "quantize", "sample", "classifier", "fid", "compare")
+STAGE_TABLES = (
+    "train", "fisher", "validate", "plan", "calibrate", "quantize", "sample", "classifier", "fid", "compare",
+)  # fmt: skip
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
 
 

@@ -28,6 +28,7 @@ from fqdiff.store.fisher_files import load_fisher, save_fisher
 from fqdiff.store.validation import load_validation, save_validation
 from fqdiff.values import (
     Budget,
+    CalibrationSet,
     Checkpoint,
     ClassifierWeights,
     Comparison,
@@ -261,6 +262,32 @@ def _plan_entry(data: Any) -> PlanEntry:
     return entry
 
 
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def save_calibration(value: CalibrationSet, directory: Path) -> None:
+    facts = {"schema": 1, "model": value.model, "num_train_timesteps": value.num_train_timesteps}
+    tensors = {"x_t": value.x_t, "t": value.t}
+    write_tensors(directory / "calibration.safetensors", tensors, {"fqdiff": json.dumps(facts, sort_keys=True)})
+
+
+def load_calibration(directory: Path) -> CalibrationSet:
+    path = directory / "calibration.safetensors"
+    tensors, facts = read_tensors(path)
+    with readable(path, "a calibration set"):
+        if facts["schema"] != 1:
+            raise ValueError(f"schema {str(facts['schema'])[:20]}; this fqdiff reads schema 1")
+        model, total = text(facts["model"]), count(facts["num_train_timesteps"])
+    _expect_names(tensors, path, "x_t", "t")
+    half = "x_t" in tensors and tensors["x_t"].dtype == torch.float16
+    x_t = _take(tensors, path, "x_t", torch.float16 if half else torch.float32, 4)
+    t = _take(tensors, path, "t", torch.int64, 1)
+    _expect(len(t) == len(x_t), path, f"{len(x_t)} inputs with {len(t)} timesteps")
+    _expect(0 <= int(t.min()) <= int(t.max()) < total, path, f"timesteps beyond the model's {total}")
+    _expect(bool(torch.isfinite(x_t).all()), path, "inputs that are no numbers")
+    return CalibrationSet(x_t, t, model, total)
+
+
 # --- quantized -------------------------------------------------------------------------------------------------------
 
 
@@ -405,6 +432,7 @@ CODECS: Mapping[str, Codec] = {
     "fisher": Codec(save_fisher, load_fisher),
     "validation": Codec(save_validation, load_validation),
     "plan": Codec(save_plan, load_plan),
+    "calibration": Codec(save_calibration, load_calibration),
     "quantized": Codec(save_quantized, load_quantized),
     "samples": Codec(save_samples, load_samples),
     "features": Codec(save_features, load_features),

@@ -14,8 +14,18 @@ from fqdiff.store.files import readable
 
 SCHEMA = 1
 KINDS = (
-    "dataset", "checkpoint", "fisher", "validation", "plan", "quantized", "samples", "features", "metrics", "comparison"
-)  # fmt: skip
+    "dataset",
+    "checkpoint",
+    "fisher",
+    "validation",
+    "plan",
+    "calibration",
+    "quantized",
+    "samples",
+    "features",
+    "metrics",
+    "comparison",
+)
 ID_LENGTH = 16
 ID_PATTERN = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")

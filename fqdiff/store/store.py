@@ -287,6 +287,7 @@ def _how_to_make(kinds: tuple[str, ...]) -> str:
         "fisher": "fqdiff fisher",
         "validation": "fqdiff fisher validate",
         "plan": "fqdiff plan",
+        "calibration": "fqdiff calibrate",
         "quantized": "fqdiff quantize",
         "samples": "fqdiff sample",
         "metrics": "fqdiff fid",

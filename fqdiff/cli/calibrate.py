@@ -1,0 +1,131 @@
+"""``fqdiff calibrate``."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.show import artifact_data, mebibytes
+from fqdiff.configs import CALIBRATION_SCHEMES, CalibrateConfig
+from fqdiff.errors import ArtifactNotFound, ConfigError, LineageError
+
+if TYPE_CHECKING:
+    from fqdiff.store.manifest import Manifest
+    from fqdiff.values import CalibrationSet
+
+EXAMPLE = "Example: fqdiff calibrate --scheme uniform --samples 64"
+
+
+@common()
+def calibrate(
+    session: Session,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint: name, id or prefix.", show_default="the latest", metavar="[MODEL]"),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help=f"Which timesteps: {', '.join(CALIBRATION_SCHEMES)}.", show_default=CalibrateConfig.scheme),
+    ] = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Inputs kept of each run.", show_default=f"{CalibrateConfig.timesteps}"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Sampler runs.", show_default=f"{CalibrateConfig.samples}")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim or ddpm.", show_default=f"{CalibrateConfig.sampler}")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a run.", show_default="50; for ddpm all timesteps")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="DDIM's randomness, 0 to 1.", show_default="0")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="noise: what the sampler meets; data: noised training images.", show_default=CalibrateConfig.source
+        ),
+    ] = None,
+    location: Annotated[
+        float | None,
+        typer.Option(help="Of ndtc's skew-normal, as a share of T.", show_default=f"{CalibrateConfig.location}"),
+    ] = None,
+    spread: Annotated[
+        float | None, typer.Option(help="Of the same, as a share of T.", show_default=f"{CalibrateConfig.spread}")
+    ] = None,
+    skew: Annotated[
+        float | None, typer.Option(help="Its shape; 0 is a normal.", show_default=f"{CalibrateConfig.skew:g}")
+    ] = None,
+    fisher: Annotated[
+        str | None,
+        typer.Option(
+            help="Fisher table that weighs the timesteps.", show_default="the latest of the model", metavar="REF"
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32 or float16: how inputs are stored.", show_default=CalibrateConfig.precision),
+    ] = None,
+) -> None:
+    """Record model inputs along the full-precision sampler, to quantize activations with."""
+    from fqdiff.pipeline import Step
+
+    checkpoint = session.resolve(model, ("checkpoint",))
+    base: dict[str, object] = {}
+    if (sampler or session.from_file("calibrate", "sampler", "ddim")) == "ddpm":
+        base["steps"] = session.runner.load(checkpoint).spec.noise_schedule().num_train_timesteps
+    config = session.settings(
+        "calibrate",
+        CalibrateConfig,
+        base,
+        scheme=scheme,
+        source=source,
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        timesteps=timesteps,
+        samples=samples,
+        location=location,
+        spread=spread,
+        skew=skew,
+        precision=precision,
+    )
+    inputs = {"checkpoint": checkpoint}
+    if config.scheme == "fisher":
+        inputs["fisher"] = fisher_table(session, checkpoint, fisher)
+    elif fisher is not None:
+        raise ConfigError(f"'{config.scheme}' has no use for a Fisher table", "add --scheme fisher, or leave it out")
+    if config.source == "data":
+        inputs["dataset"] = only_input(session, checkpoint, "dataset")
+    manifest = session.make(Step("calibrate", inputs, config, session.seed))
+    if manifest is None:
+        return
+    value: CalibrationSet = session.runner.load(manifest)
+    kept = value.t.unique().tolist()
+    facts = {"count": len(value.t), "timesteps": len(kept), "first_timestep": kept[0], "last_timestep": kept[-1]}
+
+    def text() -> str:
+        spread = f"{len(kept)} timesteps from {kept[0]} to {kept[-1]}"
+        return f"calibration {manifest.id}: {len(value.t):,} inputs at {spread}, {mebibytes(manifest.bytes)}"
+
+    session.result({**artifact_data(session.store, manifest), **facts}, text)
+
+
+def fisher_table(session: Session, checkpoint: "Manifest", ref: str | None) -> "Manifest":
+    """The Fisher table ``ref``, or the latest one with values by timestep, of ``checkpoint``."""
+    if ref is not None:
+        table = session.store.resolve(ref, ("fisher",))
+        measured = table.input("checkpoint")
+        if measured is None or measured.id != checkpoint.id:
+            raise LineageError(
+                f"fisher {table.id} is not of checkpoint {checkpoint.id}", f"fqdiff fisher {checkpoint.id}"
+            )
+        return table
+    own = [m for m in session.store.manifests("fisher") if (i := m.input("checkpoint")) and i.id == checkpoint.id]
+    if not own:
+        raise ArtifactNotFound(f"no Fisher table of checkpoint {checkpoint.id}", f"fqdiff fisher {checkpoint.id}")
+    session.note(f"fisher: the latest of that checkpoint, {own[-1].id}")
+    return own[-1]
