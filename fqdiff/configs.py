@@ -557,6 +557,62 @@ class QuantizeConfig:
             )
 
 
+ACTIVATION_BITS = (8, 6, 4)
+ACTIVATION_FORMATS = (*(f"int{bits}" for bits in ACTIVATION_BITS), *(f"int{bits}sym" for bits in ACTIVATION_BITS))
+ACTIVATION_RANGES = ("min-max", "percentile", "mse", "l1", "cosine", "kl")
+SOFTMAXES = ("uniform", "log2", "log-sqrt2")
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """How activations are quantized: inputs of layers, and what attention multiplies.
+
+    ``range``: what the codes span. ``intervals`` of timesteps with scales of their own. ``softmax``: how the codes of softmax
+    outputs lie, in as many bits as ``format`` has. ``split_skips``: layers that are given a joined skip have one scale on either
+    side. ``first``, ``last``: format of the first layer's input and of the network's output, empty for none. ``dynamic``: every
+    input is quantized by its own minimum and maximum, and nothing is calibrated.
+    """
+
+    format: str = "int8"
+    granularity: str = "tensor"
+    range: str = "mse"
+    intervals: int = 1
+    softmax: str = "uniform"
+    split_skips: bool = True
+    first: str = ""
+    last: str = ""
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("format", ACTIVATION_FORMATS),
+            ("granularity", ("tensor", "channel")),
+            ("range", ACTIVATION_RANGES),
+            ("softmax", SOFTMAXES),
+            ("first", ("", *ACTIVATION_FORMATS)),
+            ("last", ("", *ACTIVATION_FORMATS)),
+        ):
+            listed = ", ".join(filter(None, known))
+            require(
+                getattr(self, name) in known,
+                f"unknown activation {name} '{getattr(self, name)}'",
+                f"one of: {listed}",
+            )
+        require(self.intervals >= 1, f"activation intervals is {self.intervals}", "use 1 or more")
+        calibrated = ("range", "intervals")
+        unused = [name for name in calibrated if getattr(self, name) != getattr(ActivationConfig, name)]
+        require(
+            not (self.dynamic and unused),
+            f"dynamic activations have no use for {', '.join(unused)}",
+            "leave it out, or calibrate",
+        )
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return int(self.format.removeprefix("int").removesuffix("sym"))
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Which sampler makes the images, in how many steps, and how many images."""

@@ -89,6 +89,9 @@ STAGES: Mapping[str, Stage] = {
         "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")
     ),
     "calibrate": Stage("calibration", "fqdiff.stages.calibrate:calibrate", ("checkpoint", "fisher", "dataset")),
+    "activations": Stage(
+        "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
+    ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",)),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
     "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),

@@ -16,7 +16,8 @@ from fqdiff.errors import ArtifactCorrupt, LineageError, require
 from fqdiff.evidence.comparison import Difference, Measure
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
-from fqdiff.models.registry import build
+from fqdiff.models.registry import build, skip_boundaries
+from fqdiff.quant.activations import Activation, quantize_activations
 from fqdiff.quant.container import Description
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
 from fqdiff.quant.formats import PerElement, PerTensor, get_format, parse_granularity
@@ -146,11 +147,13 @@ class QuantizedCheckpoint:
     """A model whose every parameter is stored as its plan says; there is no other copy of the weights.
 
     ``timestep_bias`` float16 [K, O], keyed by layer: what its output gets added in each of K intervals of timesteps.
+    ``activations``, keyed by site: how they are quantized; none where they are in full precision.
     """
 
     spec: ModelSpec
     packed: Mapping[str, PackedTensor]
     timestep_bias: Tensors = field(default_factory=dict)
+    activations: Mapping[str, Activation] = field(default_factory=dict)
 
     @property
     def described(self) -> dict[str, Description]:
@@ -170,20 +173,22 @@ class QuantizedCheckpoint:
         """
         if self.phases > 1:
             return self.packed_network(cache=True)
-        return self._biased(self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()}))
+        return self._dressed(self.spec.network({name: unpack_tensor(p) for name, p in self.packed.items()}))
 
     def packed_network(self, cache: bool = False) -> nn.Module:
         """The same network, to the bit, with the packed tensors as its only weights: slower, and as small as the file.
 
         With ``cache`` the float32 weights of each layer are kept from its first use on.
         """
-        network = self._biased(self.spec.packed_network(self.packed, cache))
+        network = self._dressed(self.spec.packed_network(self.packed, cache))
         if self.phases > 1:
             use_phases(network, self.phases, self.spec.noise_schedule().num_train_timesteps)
         return network
 
-    def _biased(self, network: nn.Module) -> nn.Module:
-        add_timestep_bias(network, self.timestep_bias, self.spec.noise_schedule().num_train_timesteps)
+    def _dressed(self, network: nn.Module) -> nn.Module:
+        total = self.spec.noise_schedule().num_train_timesteps
+        add_timestep_bias(network, self.timestep_bias, total)
+        quantize_activations(network, self.activations, total, skip_boundaries(network))
         return network
 
 

@@ -303,7 +303,7 @@ def test_the_command_records_and_lists_what_the_set_was_made_from(tmp_path: Path
     assert (made["first_timestep"], made["last_timestep"]) == (332, 832)
     assert load_file(Path(made["path"]) / "calibration.safetensors")["t"].tolist() == [832] * 3 + [332] * 3
     assert "6 inputs at 2 timesteps from 332 to 832" in call(store, "calibrate", *flags).stdout
-    assert "no Fisher table" in call(store, "calibrate", *flags, "--scheme", "fisher").stderr
+    assert "no fisher of checkpoint" in call(store, "calibrate", *flags, "--scheme", "fisher").stderr
     assert "no use for a Fisher table" in call(store, "calibrate", *flags, "--fisher", "latest").stderr
     good(store, "fisher", "one", "--timesteps", "5", "--samples", "2", "--name", "table")
     by_fisher = good(store, "calibrate", *flags, "--scheme", "fisher", "--dry-run")

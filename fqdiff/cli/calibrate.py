@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.session import Session, common, of_checkpoint, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
 from fqdiff.configs import CALIBRATION_SCHEMES, CalibrateConfig
-from fqdiff.errors import ArtifactNotFound, ConfigError, LineageError
+from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fqdiff.store.manifest import Manifest
     from fqdiff.values import CalibrationSet
 
 EXAMPLE = "Example: fqdiff calibrate --scheme uniform --samples 64"
@@ -95,7 +94,7 @@ def calibrate(
     )
     inputs = {"checkpoint": checkpoint}
     if config.scheme == "fisher":
-        inputs["fisher"] = fisher_table(session, checkpoint, fisher)
+        inputs["fisher"] = of_checkpoint(session, "fisher", checkpoint.id, fisher)
     elif fisher is not None:
         raise ConfigError(f"'{config.scheme}' has no use for a Fisher table", "add --scheme fisher, or leave it out")
     if config.source == "data":
@@ -112,20 +111,3 @@ def calibrate(
         return f"calibration {manifest.id}: {len(value.t):,} inputs at {spread}, {mebibytes(manifest.bytes)}"
 
     session.result({**artifact_data(session.store, manifest), **facts}, text)
-
-
-def fisher_table(session: Session, checkpoint: "Manifest", ref: str | None) -> "Manifest":
-    """The Fisher table ``ref``, or the latest one with values by timestep, of ``checkpoint``."""
-    if ref is not None:
-        table = session.store.resolve(ref, ("fisher",))
-        measured = table.input("checkpoint")
-        if measured is None or measured.id != checkpoint.id:
-            raise LineageError(
-                f"fisher {table.id} is not of checkpoint {checkpoint.id}", f"fqdiff fisher {checkpoint.id}"
-            )
-        return table
-    own = [m for m in session.store.manifests("fisher") if (i := m.input("checkpoint")) and i.id == checkpoint.id]
-    if not own:
-        raise ArtifactNotFound(f"no Fisher table of checkpoint {checkpoint.id}", f"fqdiff fisher {checkpoint.id}")
-    session.note(f"fisher: the latest of that checkpoint, {own[-1].id}")
-    return own[-1]

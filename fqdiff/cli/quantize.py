@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.output import copy_out
-from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.session import Session, common, of_checkpoint, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
-from fqdiff.configs import QuantizeConfig
+from fqdiff.configs import ACTIVATION_FORMATS, ACTIVATION_RANGES, SOFTMAXES, ActivationConfig, QuantizeConfig
+from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
+
+ACTIVATIONS = "Activations"
 
 
 @common()
@@ -67,10 +72,97 @@ def quantize(
             help="How far a step moves a weight, in steps of its grid.", show_default=f"{QuantizeConfig.distill_rate}"
         ),
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Quantize activations too: {', '.join(ACTIVATION_FORMATS)}.",
+            show_default="float32",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration set to take their ranges from.",
+            show_default="the latest of the model",
+            metavar="REF",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    activation_range: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What codes span: {', '.join(ACTIVATION_RANGES)}.",
+            show_default=ActivationConfig.range,
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    activation_intervals: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Intervals of timesteps with scales of their own.",
+            show_default=f"{ActivationConfig.intervals}",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    activation_granularity: Annotated[
+        str | None,
+        typer.Option(
+            help="A scale per tensor, or per channel (of attention: per head).",
+            show_default=ActivationConfig.granularity,
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    softmax: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How codes of softmax outputs lie: {', '.join(SOFTMAXES)}.",
+            show_default=ActivationConfig.softmax,
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    split_skips: Annotated[
+        bool | None,
+        typer.Option(
+            "--split-skips/--joint-skips",
+            help="Scales of their own for a skip and what it is joined to.",
+            show_default="split",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    activation_first: Annotated[
+        str | None,
+        typer.Option(help="Format of the first layer's input.", show_default="float32", rich_help_panel=ACTIVATIONS),
+    ] = None,
+    activation_last: Annotated[
+        str | None,
+        typer.Option(help="Format of the network's output.", show_default="float32", rich_help_panel=ACTIVATIONS),
+    ] = None,
+    dynamic: Annotated[
+        bool | None,
+        typer.Option(
+            "--dynamic/--static",
+            help="Take ranges from every input as it comes; nothing is calibrated.",
+            show_default="static",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
-    step = quantize_step(
+    of_activations = {
+        "format": activations,
+        "range": activation_range,
+        "intervals": activation_intervals,
+        "granularity": activation_granularity,
+        "softmax": softmax,
+        "split_skips": split_skips,
+        "first": activation_first,
+        "last": activation_last,
+        "dynamic": dynamic,
+    }
+    weights = quantize_step(
         session,
         chosen,
         bias_correction=bias_correction,
@@ -81,11 +173,13 @@ def quantize(
         distill_batch=distill_batch,
         distill_rate=distill_rate,
     )
-    manifest = session.make(step)
+    manifest = session.make(activations_step(session, chosen, weights, calibration, of_activations))
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
     file = manifest.file("model.safetensors")
+    base = only_input(session, manifest, "model") if manifest.input("model") is not None else manifest
+    of_weights = base.file("model.safetensors").bytes
     path = session.store.directory(manifest.kind, manifest.id) / file.name
     if output is not None:
         session.store.verify(manifest)
@@ -95,12 +189,14 @@ def quantize(
         "file": str(path),
         "file_bytes": file.bytes,
         "promised_bytes": promised,
-        "timestep_bias_bytes": file.bytes - promised,
+        "timestep_bias_bytes": of_weights - promised,
+        "activation_bytes": file.bytes - of_weights,
     }
 
     def text() -> str:
-        extra = file.bytes - promised
-        same = "as planned" if not extra else f"the plan's {promised:,} and {extra:,} of biases by timestep"
+        extra = {"biases by timestep": of_weights - promised, "activation scales": file.bytes - of_weights}
+        added = " and ".join(f"{count:,} of {what}" for what, count in extra.items() if count)
+        same = f"the plan's {promised:,} and {added}" if added else "as planned"
         return f"quantized {manifest.id}: {mebibytes(file.bytes)}, {same}\n{output or path}"
 
     session.result(data, text)
@@ -123,3 +219,35 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
     config = session.settings("quantize", QuantizeConfig, {}, **flags)
     seed = session.seed if config.bias_correction != "none" or config.distill else 0  # nothing else is random
     return Step("quantize", inputs, config, seed)
+
+
+def activations_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    weights: "Step",
+    calibration: str | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that quantizes the activations of what ``weights`` makes; ``weights`` itself where nothing asks for that.
+
+    Ranges come from ``calibration``, else from the latest set of the plan's checkpoint.
+    """
+    from fqdiff.pipeline import Step
+
+    given = {name for name, value in (flags or {}).items() if value is not None}
+    in_file = session.tables().get("activations", {})
+    if not given & {"format"} and "format" not in in_file:
+        unused = sorted(given | ({"calibration"} if calibration is not None else set()) | set(in_file))
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of activations that stay float32", "add --activations int8")
+        return weights
+    config = session.settings("activations", ActivationConfig, {}, **(flags or {}))
+    inputs: dict[str, Step | Manifest] = {
+        "checkpoint": only_input(session, plan_manifest, "checkpoint"),
+        "model": weights,
+    }
+    if not config.dynamic:
+        inputs["calibration"] = of_checkpoint(session, "calibration", inputs["checkpoint"].id, calibration)
+    elif calibration is not None:
+        raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")
+    return Step("activations", inputs, config)

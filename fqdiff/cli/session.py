@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_args, get_t
 
 import typer
 
-from fqdiff.errors import ArtifactNotFound, ConfigError, FqdiffError
+from fqdiff.errors import ArtifactNotFound, ConfigError, FqdiffError, LineageError
 
 if TYPE_CHECKING:
     import torch
@@ -257,7 +257,8 @@ class _TqdmBar:
 
 
 STAGE_TABLES = (
-    "train", "fisher", "validate", "plan", "calibrate", "quantize", "sample", "classifier", "fid", "compare",
+STAGE_TABLES = (
+    "train", "fisher", "validate", "plan", "calibrate", "quantize", "activations", "sample", "classifier", "fid", "compare",
 )  # fmt: skip
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
 
@@ -334,3 +335,19 @@ def only_input(session: Session, manifest: "Manifest", role: str) -> "Manifest":
         gone = f"{found.kind} {found.id}" if found else f"its {role}"
         raise ArtifactNotFound(f"{manifest.kind} {manifest.id} was made from {gone}, which is gone", "make it again")
     return source
+
+
+def of_checkpoint(session: Session, kind: str, checkpoint_id: str, ref: str | None) -> "Manifest":
+    """The artifact of ``kind`` that ``ref`` names, or the latest, which was made from that checkpoint."""
+    make = f"fqdiff {'calibrate' if kind == 'calibration' else kind} {checkpoint_id}"
+    if ref is not None:
+        named = session.store.resolve(ref, (kind,))
+        source = named.input("checkpoint")
+        if source is None or source.id != checkpoint_id:
+            raise LineageError(f"{kind} {named.id} is not of checkpoint {checkpoint_id}", make)
+        return named
+    own = [m for m in session.store.manifests(kind) if (i := m.input("checkpoint")) and i.id == checkpoint_id]
+    if not own:
+        raise ArtifactNotFound(f"no {kind} of checkpoint {checkpoint_id}", make)
+    session.note(f"{kind}: the latest of that checkpoint, {own[-1].id}")
+    return own[-1]

@@ -12,12 +12,16 @@ from fqdiff.cli.show import BLOCKS, artifact_data, mebibytes, table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fqdiff.quant.activations import Activation
     from fqdiff.quant.container import Description
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import Model
 
 Row = dict[str, str | int | float]
 TIMESTEP_BIAS = "timestep_bias"
+ACTIVATION_SCALES = "activation_scales"
+ADDED = (TIMESTEP_BIAS, ACTIVATION_SCALES)
+RARE = (*ADDED, "kept_elements", "index")  # kinds that few models have any of
 
 
 @common(*STORE_OPTIONS)
@@ -38,6 +42,7 @@ def size(
     model: Model = session.runner.load(manifest)
     blocks = parameter_blocks(build(model.spec.architecture, "meta"))
     by_tensor = tensor_rows(model.described, blocks, getattr(model, "timestep_bias", {}))
+    by_tensor += activation_rows(getattr(model, "activations", {}))
     file_bytes = manifest.file("model.safetensors").bytes
     whole = total({"block": "file"}, by_tensor)
     kinds = {kind: int(whole[kind]) for kind in payload_kinds()} | {"header": file_bytes - int(whole["bytes"])}
@@ -59,7 +64,7 @@ def payload_kinds() -> list[str]:
     """Kinds of stored bytes but for the header."""
     from fqdiff.quant.container import PART_KINDS
 
-    return [*PART_KINDS.values(), TIMESTEP_BIAS]
+    return [*PART_KINDS.values(), *ADDED]
 
 
 def tensor_rows(
@@ -84,6 +89,21 @@ def tensor_rows(
     return rows
 
 
+def activation_rows(activations: "Mapping[str, Activation]") -> list[Row]:
+    """Every site whose activation scales are in the file, with their bytes; no weight is behind them."""
+    from fqdiff.models.unet import block_of
+    from fqdiff.quant.activation_sites import OUTPUT
+
+    rows: list[Row] = []
+    for site, activation in activations.items():
+        count = sum(tensor.nbytes for tensor in activation.tensors.values())
+        block = "head" if site == OUTPUT else block_of(site)
+        how: Row = {"tensor": f"{site} (activation)", "block": block, "format": activation.format}
+        sizes: Row = {"weights": 0, **dict.fromkeys(payload_kinds(), 0), ACTIVATION_SCALES: count, "bytes": count}
+        rows.append({**how, "granularity": activation.granularity, **sizes, "bits_per_weight": 0.0})
+    return [row for row in rows if row["bytes"]]
+
+
 def block_rows(rows: list[Row]) -> list[Row]:
     """The rows of :func:`tensor_rows` summed over each block."""
     blocks = sorted({str(r["block"]) for r in rows}, key=lambda b: BLOCKS.index(b) if b in BLOCKS else len(BLOCKS))
@@ -99,8 +119,7 @@ def total(label: Row, rows: list[Row]) -> Row:
 def size_text(manifest: "Manifest", rows: list[Row], whole: Row, file_bytes: int) -> str:
     """The table for people: rows, header, and the whole file."""
     words = [key for key in ("tensor", "block", "format", "granularity") if key in rows[0]]
-    rare = (TIMESTEP_BIAS, "kept_elements", "index")
-    kinds = [kind for kind in payload_kinds() if kind not in rare or whole[kind]]
+    kinds = [kind for kind in payload_kinds() if kind not in RARE or whole[kind]]
     numbers = ["weights", *kinds, "bytes"]
 
     def line(row: Row, bits: float) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fqdiff.errors import ConfigError
-from fqdiff.models.unet import UNet, UNetConfig, block_of
+from fqdiff.models.unet import UNet, UNetConfig, block_of, concat_boundaries
 
 Architecture = Mapping[str, object]
 
@@ -52,6 +52,18 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
 def parameter_blocks(network: nn.Module) -> dict[str, str]:
     """Block (``1``-``6``, ``stem``, ``head``) of every parameter."""
     return {name: block_of(name) for name, _ in network.named_parameters()}
+
+
+def first_layer(network: nn.Module) -> str:
+    """The layer that is given x_t."""
+    assert isinstance(network, UNet)
+    return "stem.conv"
+
+
+def skip_boundaries(network: nn.Module) -> dict[str, int]:
+    """Layers that are given a skip connection joined to something else, and the channel at which the skip begins."""
+    assert isinstance(network, UNet)
+    return concat_boundaries(network.config)
 
 
 def output_axes(network: nn.Module) -> dict[str, int]:

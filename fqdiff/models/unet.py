@@ -148,12 +148,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
         self.dropout = dropout
+        self.attend: Callable[[Tensor, Tensor, Tensor, float], Tensor] = attend
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         tokens = rearrange(x, "b c h w -> b (h w) c")
         q, k, v = rearrange(self.qkv(tokens), "b l (three n d) -> three b n l d", three=3, n=self.num_heads)
-        mixed = attend(q, k, v, self.dropout if self.training else 0.0)
+        mixed = self.attend(q, k, v, self.dropout if self.training else 0.0)
         mixed = rearrange(mixed, "b n l d -> b l (n d)")
         out: Tensor = x + rearrange(self.out(mixed), "b (h w) c -> b c h w", h=height, w=width)
         return out
@@ -234,6 +235,16 @@ class UNet(nn.Module):
         x = torch.cat([self.block6(x, embedding)[0], skip1], dim=1)
         out: Tensor = self.head(x)
         return out
+
+
+def concat_boundaries(config: UNetConfig) -> dict[str, int]:
+    """The layers whose input is two tensors joined along the channels, and how many channels the first one has.
+
+    The head's late convolution is given the joint tensor as it is; blocks 5 and 6 through the norm and activation of their
+    first residual block, which keep every channel in its place.
+    """
+    c = config.channels
+    return {"block5.res1.conv1": c[3] // 2, "block6.res1.conv1": c[4] // 2, "head.late": c[5] // 2}
 
 
 def block_of(parameter_name: str) -> str:

@@ -4,7 +4,7 @@ Layout of a safetensors file: 8 bytes of header length, the JSON header padded w
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +63,21 @@ def bytes_by_kind(parameter: Description) -> dict[str, int]:
     return sizes
 
 
-def metadata(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> dict[str, str]:
-    """What the header says beside the tensors: the model, and how each tensor that is no mere cast is to be read."""
+def metadata(
+    model: Mapping[str, Any], parameters: Mapping[str, Description], activations: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, str]:
+    """What the header says beside the tensors: the model, and how each tensor that is no mere cast is to be read.
+
+    ``activations``: how they are quantized, as plain data; the header is silent about them where nothing is.
+    """
     described = {
         name: {"format": fmt.name, "granularity": str(granularity), "shape": list(shape)}
         for name, (shape, fmt, granularity) in parameters.items()
         if not fmt.is_cast or isinstance(granularity, PerElement)
     }
     content = {"schema": SCHEMA, "model": model, "quantized": described}
+    if activations:
+        content["activations"] = list(activations)
     return {METADATA_KEY: json.dumps(content, sort_keys=True, separators=(",", ":"))}
 
 

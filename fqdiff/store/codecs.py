@@ -15,7 +15,8 @@ from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured
 from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
-from fqdiff.models.registry import build
+from fqdiff.models.registry import build, skip_boundaries
+from fqdiff.quant.activations import SCALE, ZERO_POINT, Activation, check_activations, described_activations
 from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import MOST_PHASES, PerElement, PerTensor, get_format, parse_granularity, scales_of
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, read_bytes, stored_bytes
@@ -303,7 +304,13 @@ def write_model(value: QuantizedCheckpoint, path: Path) -> None:
     """The model file that :func:`read_model` reads; equal values give equal bytes."""
     tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
     tensors |= {layer + TIMESTEP_BIAS: table for layer, table in value.timestep_bias.items()}
-    write_tensors(path, tensors, metadata(model_description(value.spec), value.described))
+    tensors |= {site + suffix: t for site, a in value.activations.items() for suffix, t in a.tensors.items()}
+    write_tensors(path, tensors, quantized_metadata(value))
+
+
+def quantized_metadata(value: QuantizedCheckpoint) -> dict[str, str]:
+    """What the header of ``value``'s file says beside its tensors."""
+    return metadata(model_description(value.spec), value.described, described_activations(value.activations))
 
 
 def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
@@ -314,6 +321,7 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
         tables = {
             name.removesuffix(TIMESTEP_BIAS): tensors.pop(name) for name in [*tensors] if name.endswith(TIMESTEP_BIAS)
         }
+        activations = _activations(items(meta.get("activations", [])), tensors)
         casts = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
         for name, tensor in tensors.items():
             if tensor.dtype not in casts or name in packed:
@@ -321,9 +329,27 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
             fmt = get_format(casts[tensor.dtype])
             packed[name] = PackedTensor(fmt, PerTensor(), tuple(tensor.shape), {"data": tensor})
         spec = _model_spec(meta, {name: p.shape for name, p in packed.items()})
-        phase_count((p.format for p in packed.values()), spec.noise_schedule().num_train_timesteps)
-        check_tables(build(spec.architecture, "meta"), tables, spec.noise_schedule().num_train_timesteps)
-        return QuantizedCheckpoint(spec, packed, tables)
+        network, total = build(spec.architecture, "meta"), spec.noise_schedule().num_train_timesteps
+        phase_count((p.format for p in packed.values()), total)
+        check_tables(network, tables, total)
+        check_activations(network, activations, total, skip_boundaries(network))
+        return QuantizedCheckpoint(spec, packed, tables, activations)
+
+
+def _activations(described: list[Any], tensors: dict[str, Tensor]) -> dict[str, Activation]:
+    """The activations that ``described`` lists; their scales are taken out of ``tensors``."""
+    found: dict[str, Activation] = {}
+    for each in described:
+        given = mapping(each)
+        if given.keys() != {"format", "granularity", "dynamic", "sites"} or type(given["dynamic"]) is not bool:
+            raise ValueError("activations are described by format, granularity, dynamic and sites")
+        for site in map(text, items(given["sites"])):
+            if site in found:
+                raise ValueError(f"the activation of '{site[:100]}' is described twice")
+            scale = None if given["dynamic"] else tensors.pop(site + SCALE)
+            zero_point = None if given["dynamic"] else tensors.pop(site + ZERO_POINT, None)
+            found[site] = Activation(text(given["format"]), text(given["granularity"]), scale, zero_point)
+    return found
 
 
 def _packed_tensor(name: str, facts: Any, tensors: dict[str, Tensor]) -> PackedTensor:

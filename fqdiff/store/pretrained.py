@@ -75,6 +75,8 @@ def _read_casts(path: Path, hint: str) -> QuantizedCheckpoint:
     with readable(path, "a model to import", hint):
         if model.timestep_bias:
             raise ValueError("it has biases by timestep; plans start from a model without")
+        if model.activations:
+            raise ValueError("its activations are quantized; plans start from a model whose are not")
         for name, packed in model.packed.items():
             if packed.parts.keys() != {"data"}:
                 mixed = " with kept elements" if "kept" in packed.parts else ""

@@ -1,0 +1,143 @@
+"""What a network computes at its activation sites, by intervals of timesteps: exact extremes, and some of the numbers.
+
+Shapes: N inputs, B batch, K intervals of timesteps, G scales of a site, g of one part of its channels, n numbers kept.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.errors import ConfigError, NumericalError
+from fqdiff.quant.activation_sites import grouped, site_axis, watching
+from fqdiff.quant.timestep_bias import interval_of
+
+NUMBERS = 2**15  # kept of each site, shared out among its intervals and scales,
+LEAST_NUMBERS = 2**9  # but of each of them no fewer
+MEMORY = 2**28  # bytes of kept numbers; what would take more is observed in several passes
+GOLDEN = 0.6180339887498949
+
+
+@dataclass
+class Observed:
+    """Numbers at one site. ``low``, ``high`` float32 [K, G]: exact extremes.
+
+    ``numbers[k]``: of interval k some of them, evenly spread over inputs and positions: one [g, n] for each part of the
+    channels that :func:`grouped` gives. Empty where only extremes were asked for.
+    """
+
+    low: Tensor
+    high: Tensor
+    numbers: list[list[Tensor]]
+
+
+def spread_positions(first_input: int, count: int, kept: int, length: int) -> Tensor:
+    """Positions [B, kept] in [0, length) to keep of inputs ``first_input`` ...: evenly spaced, moved from input to input.
+
+    The golden ratio moves them, so that all positions are met equally often and no pattern of the tensor is.
+    """
+    moved = torch.frac((first_input + torch.arange(count, dtype=torch.float64)) * GOLDEN)
+    return ((torch.arange(kept) + moved[:, None]) * length / kept).long().clamp(max=length - 1)
+
+
+def observe(
+    network: nn.Module,
+    parts: Mapping[str, tuple[int, ...]],
+    inputs: CalibrationInputs,
+    intervals: int,
+    num_train_timesteps: int,
+    keep_numbers: bool = True,
+    tick: Callable[[int], None] = lambda n: None,
+) -> dict[str, Observed]:
+    """What ``network`` computes on ``inputs`` at the sites that ``parts`` names, whose channels share scales by ``parts``.
+
+    ``tick`` is told of every input of every pass, :func:`passes` of them. Raises ConfigError where an interval holds no
+    input, NumericalError on NaN or infinity.
+    """
+    number = interval_of(inputs.t, intervals, num_train_timesteps).bincount(minlength=intervals)
+    if not number.all():
+        raise ConfigError(
+            f"{int((number == 0).sum())} of {intervals} intervals of timesteps hold no calibration input",
+            "use fewer --activation-intervals, or a set with more timesteps",
+        )
+    found: dict[str, Observed] = {}
+    for sites in passes(parts, intervals, keep_numbers):
+        chosen = {site: parts[site] for site in sites}
+        found |= _observe_together(network, chosen, inputs, number, num_train_timesteps, keep_numbers, tick)
+    return found
+
+
+def passes(parts: Mapping[str, tuple[int, ...]], intervals: int, keep_numbers: bool = True) -> list[list[str]]:
+    """The sites of ``parts``, cut so that the numbers kept in one pass over the inputs fit the memory meant for them."""
+    cut: list[list[str]] = [[]]
+    taken = 0
+    for site, sizes in parts.items():
+        size = 4 * intervals * len(sizes) * numbers_each(intervals, len(sizes)) if keep_numbers else 0
+        if taken + size > MEMORY and cut[-1]:
+            cut.append([])
+            taken = 0
+        cut[-1].append(site)
+        taken += size
+    return cut
+
+
+def numbers_each(intervals: int, scales: int) -> int:
+    """How many numbers are kept for each scale and interval of a site with so many."""
+    return max(NUMBERS // (intervals * scales), LEAST_NUMBERS)
+
+
+def _observe_together(
+    network: nn.Module,
+    parts: Mapping[str, tuple[int, ...]],
+    inputs: CalibrationInputs,
+    number: Tensor,
+    num_train_timesteps: int,
+    keep_numbers: bool,
+    tick: Callable[[int], None],
+) -> dict[str, Observed]:
+    device, intervals = next(network.parameters()).device, len(number)
+    axes = {site: site_axis(network, site) for site in parts}
+    found: dict[str, Observed] = {}
+    pieces: dict[str, list[list[list[Tensor]]]] = {}
+    index = torch.zeros(0, dtype=torch.int64)  # the interval of each input of the chunk on its way
+    begun = torch.zeros(intervals, dtype=torch.int64)  # inputs of each interval before this chunk
+
+    def see(site: str, x: Tensor) -> None:
+        groups = grouped(x, axes[site], parts[site])
+        low, high = (
+            torch.cat([getattr(g, end)(dim=2) for g in groups], dim=1).float().cpu() for end in ("amin", "amax")
+        )
+        if not (torch.isfinite(low) & torch.isfinite(high)).all():
+            raise NumericalError(f"activations at '{site}' are NaN or infinite", "check the model")
+        if site not in found:
+            shape = intervals, low.shape[1]
+            found[site] = Observed(torch.full(shape, float("inf")), torch.full(shape, float("-inf")), [])
+            pieces[site] = [[[] for _ in groups] for _ in range(intervals)]
+        held = found[site]
+        held.low.scatter_reduce_(0, index[:, None].expand_as(low), low, "amin")
+        held.high.scatter_reduce_(0, index[:, None].expand_as(high), high, "amax")
+        for k in index.unique().tolist() if keep_numbers else ():
+            rows = index == k
+            for each, group in zip(pieces[site][k], groups, strict=True):
+                each.append(_some(group[rows.to(group.device)], int(begun[k]), int(number[k]), held.low.shape))
+
+    with watching(network, parts, see), torch.inference_mode():
+        for x_t, t in inputs.chunks():
+            index = interval_of(t, intervals, num_train_timesteps)
+            network(x_t.to(device), t.to(device))
+            begun += index.bincount(minlength=intervals)
+            tick(len(t))
+    for site, held in found.items():
+        held.numbers = [[torch.cat(each, dim=1) for each in part] for part in pieces[site]] if keep_numbers else []
+    return found
+
+
+def _some(group: Tensor, first_input: int, number: int, shape: Sequence[int]) -> Tensor:
+    """A few numbers of each row of ``group`` [B, g, L], as float32 [g, B n]; ``number`` inputs will come in all."""
+    length = group.shape[2]
+    kept = min(length, -(-numbers_each(*shape) // number))
+    places = spread_positions(first_input, len(group), kept, length).to(group.device)
+    taken = group.gather(2, places[:, None].expand(-1, group.shape[1], -1))
+    return taken.movedim(1, 0).flatten(1).float().cpu()

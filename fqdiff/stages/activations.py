@@ -1,0 +1,97 @@
+"""Quantize the activations of a model whose weights are quantized: its file gets the scales, and needs no calibration data."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from fqdiff.calibration.activations import observe, passes
+from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.ranges import activation_range
+from fqdiff.configs import ActivationConfig
+from fqdiff.context import Context
+from fqdiff.errors import LineageError
+from fqdiff.models.registry import build, first_layer, skip_boundaries
+from fqdiff.quant.activation_formats import ActivationFormat, get_activation_format, softmax_format
+from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_parts, site_boundaries
+from fqdiff.quant.activations import Activation
+from fqdiff.quant.qparams import QParams
+from fqdiff.values import CalibrationSet, Checkpoint, ModelSpec, QuantizedCheckpoint
+
+
+def quantize_activations(
+    checkpoint: Checkpoint,
+    model: QuantizedCheckpoint,
+    calibration: CalibrationSet | None,
+    config: ActivationConfig,
+    seed: int,
+    context: Context,
+) -> QuantizedCheckpoint:
+    """``model`` with quantized activations, their ranges taken from what it computes on ``calibration``.
+
+    The weights are the quantized ones, as in Q-Diffusion: ranges are those that sampling will meet, but for the errors of
+    the activations themselves. Nothing is random. Raises LineageError where the calibration set is missing or of another
+    model than ``checkpoint``, or the activations are quantized already; ConfigError where an interval of timesteps holds no
+    input.
+    """
+    if model.activations:
+        raise LineageError("the activations of this model are quantized already", "start from its plan")
+    wanted = planned_activations(model.spec, config)
+    if config.dynamic:
+        return replace(model, activations=wanted)
+    if calibration is None:
+        raise LineageError("ranges of activations without a calibration set", "fqdiff calibrate, or --dynamic")
+    calibration.check_model(checkpoint)
+    parts = scale_parts(model.spec, {site: a.granularity for site, a in wanted.items()})
+    inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
+    network = model.network().to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    keep = config.range != "min-max"
+    rounds = len(passes(parts, config.intervals, keep))
+    with context.progress(rounds * len(inputs), "activations", "input") as bar:
+        found = observe(network, parts, inputs, config.intervals, calibration.num_train_timesteps, keep, bar.update)
+    made: dict[str, Activation] = {}
+    with context.progress(len(wanted), "ranges", "site") as bar:
+        for site, activation in wanted.items():
+            fmt, seen = get_activation_format(activation.format), found.pop(site)
+            rows = []
+            for k in range(config.intervals):
+                numbers = seen.numbers[k] if keep else [torch.empty(seen.low.shape[1], 0)]
+                sizes = [len(part) for part in numbers]
+                ends = zip(numbers, seen.low[k].split(sizes), seen.high[k].split(sizes), strict=True)
+                rows.append(_joined([activation_range(*part, fmt, config.range) for part in ends]))
+            made[site] = _with_scales(activation, fmt, rows)
+            bar.update()
+    return replace(model, activations=made)
+
+
+def _joined(parts: list[QParams]) -> QParams:
+    return QParams(torch.cat([p.scale for p in parts]), torch.cat([p.zero_point for p in parts]))
+
+
+def _with_scales(activation: Activation, fmt: ActivationFormat, rows: list[QParams]) -> Activation:
+    scale, zero_point = torch.stack([r.scale for r in rows]), torch.stack([r.zero_point for r in rows])
+    return replace(activation, scale=scale, zero_point=zero_point if fmt.has_zero_points else None)
+
+
+def planned_activations(spec: ModelSpec, config: ActivationConfig) -> dict[str, Activation]:
+    """Format and granularity of every site that ``config`` quantizes, without scales."""
+    network = build(spec.architecture, "meta")
+    sites = activation_sites(network)
+    borders = site_boundaries(sites, skip_boundaries(network)) if config.split_skips else {}
+    formats = {first_layer(network): config.first, OUTPUT: config.last}
+    found: dict[str, Activation] = {}
+    for site in sites:
+        softmax = site.endswith(".softmax")
+        name = softmax_format(config.softmax, config.bits).name if softmax else formats.get(site, config.format)
+        split = config.granularity == "tensor" and site in borders
+        if name:
+            found[site] = Activation(name, "split" if split else config.granularity)
+    return found
+
+
+def scale_parts(spec: ModelSpec, granularities: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """How many neighbouring channels share each scale, for sites with their granularities."""
+    network = build(spec.architecture, "meta")
+    sites = activation_sites(network)
+    borders = site_boundaries(sites, skip_boundaries(network))
+    return {site: channel_parts(how, sites[site], borders.get(site)) for site, how in granularities.items()}
