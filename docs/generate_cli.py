@@ -26,6 +26,7 @@ COMMANDS = [
     ["plot", "fisher"],
     ["plot", "plan"],
     ["plot", "compare"],
+    ["plot", "activations"],
     ["run"],
     ["store"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),

@@ -39,6 +39,7 @@ from fqdiff.quant.activation_formats import (
 from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_parts, grouped, tap, watching
 from fqdiff.quant.activations import Activation, activation_layout, quantize_activations
 from fqdiff.quant.container import file_bytes, stored_tensors
+from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
 from fqdiff.stages.activations import planned_activations
 from fqdiff.stages.activations import quantize_activations as activations_stage
@@ -327,7 +328,7 @@ def test_what_is_observed_is_what_is_computed(
     sites = activation_sites(network)
     names = ("stem.time.linear1", "block2.attention.softmax", "block4.resample", "head.late", OUTPUT)
     parts = {n: channel_parts(granularity, sites[n], None) for n in names}
-    found = observe(network, parts, inputs, 5, 1000)
+    found = observe(network, parts, inputs, interval_of(inputs.t, 5, 1000), 5)
     for k in (0, 3):
         rows = torch.div(inputs.t * 5, 1000, rounding_mode="floor") == k
         computed: dict[str, Tensor] = {}
@@ -366,10 +367,10 @@ def test_memory_is_bounded_by_several_passes() -> None:
 def test_what_cannot_be_observed_is_refused(checkpoint: Checkpoint, calibration: CalibrationSet) -> None:
     inputs = CalibrationInputs(calibration.x_t, calibration.t)
     with pytest.raises(ConfigError, match="1 of 11 intervals of timesteps hold no"):
-        observe(checkpoint.network(), {OUTPUT: (1,)}, inputs, 11, 1000)
+        observe(checkpoint.network(), {OUTPUT: (1,)}, inputs, interval_of(inputs.t, 11, 1000), 11)
     broken = CalibrationInputs(inputs.x_t * float("nan"), inputs.t)
     with pytest.raises(NumericalError, match=r"activations at 'stem.conv' are NaN"):
-        observe(checkpoint.network(), {"stem.conv": (1,)}, broken, 1, 1000)
+        observe(checkpoint.network(), {"stem.conv": (1,)}, broken, torch.zeros_like(inputs.t), 1)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------

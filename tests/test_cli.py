@@ -32,7 +32,8 @@ COMMANDS = [
     ["train"], ["import"], ["fisher"], ["fisher", "top"], ["fisher", "merge"], ["fisher", "validate"], ["plan"],
     ["plan", "show"], ["plan", "diff"],
     ["calibrate"], ["quantize"], ["size"], ["sample"], ["fid"], ["compare"],
-    ["plot", "fisher"], ["plot", "plan"], ["plot", "compare"], ["run"],
+    ["plot", "fisher"], ["plot", "plan"], ["plot", "compare"], ["plot", "activations"],
+    ["run"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]  # fmt: skip
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
 from fqdiff.errors import ConfigError, NumericalError
 from fqdiff.quant.activation_sites import grouped, site_axis, watching
-from fqdiff.quant.timestep_bias import interval_of
 
 NUMBERS = 2**15  # kept of each site, shared out among its intervals and scales,
 LEAST_NUMBERS = 2**9  # but of each of them no fewer
@@ -46,17 +45,17 @@ def observe(
     network: nn.Module,
     parts: Mapping[str, tuple[int, ...]],
     inputs: CalibrationInputs,
+    index: Tensor,
     intervals: int,
-    num_train_timesteps: int,
     keep_numbers: bool = True,
     tick: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Observed]:
     """What ``network`` computes on ``inputs`` at the sites that ``parts`` names, whose channels share scales by ``parts``.
 
-    ``tick`` is told of every input of every pass, :func:`passes` of them. Raises ConfigError where an interval holds no
-    input, NumericalError on NaN or infinity.
+    ``index`` int64 [N]: the interval of each input, of ``intervals``. ``tick`` is told of every input of every pass,
+    :func:`passes` of them. Raises ConfigError where an interval holds no input, NumericalError on NaN or infinity.
     """
-    number = interval_of(inputs.t, intervals, num_train_timesteps).bincount(minlength=intervals)
+    number = index.bincount(minlength=intervals)
     if not number.all():
         raise ConfigError(
             f"{int((number == 0).sum())} of {intervals} intervals of timesteps hold no calibration input",
@@ -65,7 +64,7 @@ def observe(
     found: dict[str, Observed] = {}
     for sites in passes(parts, intervals, keep_numbers):
         chosen = {site: parts[site] for site in sites}
-        found |= _observe_together(network, chosen, inputs, number, num_train_timesteps, keep_numbers, tick)
+        found |= _observe_together(network, chosen, inputs, index, number, keep_numbers, tick)
     return found
 
 
@@ -92,8 +91,8 @@ def _observe_together(
     network: nn.Module,
     parts: Mapping[str, tuple[int, ...]],
     inputs: CalibrationInputs,
+    every_index: Tensor,
     number: Tensor,
-    num_train_timesteps: int,
     keep_numbers: bool,
     tick: Callable[[int], None],
 ) -> dict[str, Observed]:
@@ -124,8 +123,7 @@ def _observe_together(
                 each.append(_some(group[rows.to(group.device)], int(begun[k]), int(number[k]), held.low.shape))
 
     with watching(network, parts, see), torch.inference_mode():
-        for x_t, t in inputs.chunks():
-            index = interval_of(t, intervals, num_train_timesteps)
+        for (x_t, t), index in zip(inputs.chunks(), every_index.split(CHUNK), strict=True):
             network(x_t.to(device), t.to(device))
             begun += index.bincount(minlength=intervals)
             tick(len(t))
@@ -141,3 +139,16 @@ def _some(group: Tensor, first_input: int, number: int, shape: Sequence[int]) ->
     places = spread_positions(first_input, len(group), kept, length).to(group.device)
     taken = group.gather(2, places[:, None].expand(-1, group.shape[1], -1))
     return taken.movedim(1, 0).flatten(1).float().cpu()
+
+
+def timestep_groups(t: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The group int64 [N] of each of ``t`` [N], and the mean t, float64 [K], of each group, from noise to image.
+
+    At most ``most`` groups of neighbouring timesteps, of about as many different ones each; none is empty.
+    """
+    different = t.unique().flip(0)
+    count = min(most, len(different))
+    group = torch.arange(len(different)) * count // len(different)
+    index = group[(len(different) - 1) - torch.searchsorted(different.flip(0), t)]
+    totals = torch.zeros(count, dtype=torch.float64).index_add_(0, index, t.double())
+    return index, totals / index.bincount(minlength=count)

@@ -1,7 +1,7 @@
 """Ranges of activations: from their extremes, quantiles, or the range whose codes come closest to the numbers.
 
 Closest by the mean squared or absolute error, the cosine, or the Kullback-Leibler divergence of the distributions: the
-metrics that PTQ4DM (Shang et al. 2023, table 4) compares. Shapes: G scales, n numbers of each, R bins of a histogram.
+metrics that PTQ4DM (Shang et al. 2023, arXiv:2211.15736) compares. Shapes: G scales, n numbers of each, R bins of a histogram.
 """
 
 from collections.abc import Callable

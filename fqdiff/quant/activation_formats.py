@@ -94,7 +94,7 @@ def activation_codes(x: Tensor, scale: Tensor, zero_point: Tensor, fmt: Activati
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, fmt: ActivationFormat) -> Tensor:
     """``x`` as the codes of ``fmt`` give it back.
 
-    Logarithmic (RepQ-ViT: Li et al. 2023, section 4.2): q = round(-m log2(x / scale)), x ~ 2^(-q / m) scale, m 1 or 2 to an
+    Logarithmic (RepQ-ViT: Li et al. 2023, arXiv:2212.08254): q = round(-m log2(x / scale)), x ~ 2^(-q / m) scale, m 1 or 2 to an
     octave; x above the scale becomes the scale, and what lies beyond the last code becomes 0.
     """
     codes = activation_codes(x, scale, zero_point, fmt)

@@ -16,6 +16,7 @@ from fqdiff.quant.activation_formats import ActivationFormat, get_activation_for
 from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_parts, site_boundaries
 from fqdiff.quant.activations import Activation
 from fqdiff.quant.qparams import QParams
+from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.values import CalibrationSet, Checkpoint, ModelSpec, QuantizedCheckpoint
 
 
@@ -48,7 +49,8 @@ def quantize_activations(
     keep = config.range != "min-max"
     rounds = len(passes(parts, config.intervals, keep))
     with context.progress(rounds * len(inputs), "activations", "input") as bar:
-        found = observe(network, parts, inputs, config.intervals, calibration.num_train_timesteps, keep, bar.update)
+        index = interval_of(inputs.t, config.intervals, calibration.num_train_timesteps)
+        found = observe(network, parts, inputs, index, config.intervals, keep, bar.update)
     made: dict[str, Activation] = {}
     with context.progress(len(wanted), "ranges", "site") as bar:
         for site, activation in wanted.items():
