@@ -17,7 +17,7 @@ from fqdiff.evidence.comparison import Difference, Measure
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.models.registry import build, skip_boundaries
-from fqdiff.quant.activations import Activation, quantize_activations
+from fqdiff.quant.activations import Activation, add_activation_quantizers
 from fqdiff.quant.container import Description
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
 from fqdiff.quant.formats import PerElement, PerTensor, get_format, parse_granularity
@@ -188,7 +188,7 @@ class QuantizedCheckpoint:
     def _dressed(self, network: nn.Module) -> nn.Module:
         total = self.spec.noise_schedule().num_train_timesteps
         add_timestep_bias(network, self.timestep_bias, total)
-        quantize_activations(network, self.activations, total, skip_boundaries(network))
+        add_activation_quantizers(network, self.activations, total, skip_boundaries(network))
         return network
 
 

@@ -37,7 +37,7 @@ from fqdiff.quant.activation_formats import (
     zero_points,
 )
 from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_parts, grouped, tap, watching
-from fqdiff.quant.activations import Activation, activation_layout, quantize_activations
+from fqdiff.quant.activations import Activation, activation_layout, add_activation_quantizers
 from fqdiff.quant.container import file_bytes, stored_tensors
 from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
@@ -55,6 +55,11 @@ from tests.test_cli import call, good
 
 LINEAR = [name for name, f in FORMATS.items() if f.kind != "log"]
 LOG = [name for name, f in FORMATS.items() if f.kind == "log"]
+
+
+def even(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every number for itself."""
+    return x, torch.ones_like(x)
 
 
 def normal(*shape: int, label: str = "numbers") -> Tensor:
@@ -162,9 +167,9 @@ def brute_force(x: Tensor, low: float, high: float, bits: int, metric: str) -> f
             zero = np.clip(np.rint(-low * i / 50 / scale), 0, 2**bits - 1)
             back = scale * (np.clip(np.rint(a / scale) + zero, 0, 2**bits - 1) - zero)
             if metric == "mse":
-                error = np.mean((back - a) ** 2)
+                error = np.sum((back - a) ** 2)
             elif metric == "l1":
-                error = np.mean(np.abs(back - a))
+                error = np.sum(np.abs(back - a))
             else:
                 error = 1 - back @ a / max(np.linalg.norm(back) * np.linalg.norm(a), 1e-300)
             best = min(best, float(error))
@@ -177,11 +182,23 @@ def test_the_search_comes_close_to_brute_force_over_both_ends(metric: str) -> No
     x = 2 * torch.rand(1, 3000, generator=generator(0, "uniform")) - 1
     x[0, :2] = 3.0
     fmt, low, high = get_activation_format("int4"), x.amin(dim=1), x.amax(dim=1)
-    found = activation_range(x, low, high, fmt, metric)
-    error = float(DISTANCES[metric](x, found, fmt, low, high))
+    found = activation_range(*even(x), low, high, fmt, metric)
+    error = float(DISTANCES[metric](*even(x), found, fmt, low, high))
     assert error <= 1.05 * brute_force(x[0], float(low), float(high), 4, metric)
     joint = [activation_qparams(c * low, c * high, fmt) for c in WIDTHS]
-    assert error < 0.9 * min(float(DISTANCES[metric](x, q, fmt, low, high)) for q in joint)
+    assert error < 0.9 * min(float(DISTANCES[metric](*even(x), q, fmt, low, high)) for q in joint)
+
+
+@pytest.mark.parametrize("span", [r for r in ACTIVATION_RANGES if r != "min-max"])
+def test_a_number_of_weight_three_counts_as_three(span: str) -> None:
+    x = normal(2, 2000)
+    fmt, low, high = get_activation_format("int4"), x.amin(dim=1), x.amax(dim=1)
+    weights = 1 + 2 * (torch.arange(2000) % 3 == 0).float().expand(2, -1)
+    repeated = torch.stack([row.repeat_interleave(weights[0].long()) for row in x])
+    expected = activation_range(*even(repeated), low, high, fmt, span)
+    found = activation_range(x, weights, low, high, fmt, span)
+    assert torch.equal(found.zero_point, expected.zero_point)
+    torch.testing.assert_close(found.scale, expected.scale)
 
 
 def reference_divergence(x: np.ndarray[Any, Any], low: float, high: float, top: float, levels: int) -> float:
@@ -207,7 +224,7 @@ def test_the_divergence_equals_one_written_out() -> None:
     fmt, low, high = get_activation_format("uint4"), torch.zeros(1), x.amax(dim=1)
     for width in (1.0, 0.7, 0.4):
         qparams = activation_qparams(low, width * high, fmt)
-        found = float(DISTANCES["kl"](x, qparams, fmt, low, high))
+        found = float(DISTANCES["kl"](*even(x), qparams, fmt, low, high))
         assert found == pytest.approx(
             reference_divergence(x[0].numpy(), 0, float(high), width * float(high), 16), rel=0.02
         )
@@ -218,9 +235,9 @@ def test_every_range_holds_per_scale_what_it_would_alone() -> None:
     x = normal(3, 800) * torch.tensor([[0.1], [1.0], [30.0]])
     for fmt in (get_activation_format("int4"), get_activation_format("int6sym")):
         for span in ACTIVATION_RANGES:
-            together = activation_range(x, x.amin(dim=1), x.amax(dim=1), fmt, span)
+            together = activation_range(*even(x), x.amin(dim=1), x.amax(dim=1), fmt, span)
             for g in range(3):
-                alone = activation_range(x[g : g + 1], x[g].amin()[None], x[g].amax()[None], fmt, span)
+                alone = activation_range(*even(x[g : g + 1]), x[g].amin()[None], x[g].amax()[None], fmt, span)
                 assert torch.equal(together.scale[g : g + 1], alone.scale)
                 assert torch.equal(together.zero_point[g : g + 1], alone.zero_point)
 
@@ -230,7 +247,7 @@ def test_a_softmax_is_searched_for_in_its_own_formats() -> None:
     errors = {}
     for name in ("uniform", "log2", "log-sqrt2"):
         fmt = softmax_format(name, 4)
-        qparams = activation_range(x, x.amin(dim=1), x.amax(dim=1), fmt, "mse")
+        qparams = activation_range(*even(x), x.amin(dim=1), x.amax(dim=1), fmt, "mse")
         back = fake_quantize(x, qparams.scale, qparams.zero_point, fmt)
         errors[name] = float(((back - x).abs() / x)[x > 0.01].mean())  # 4 bits of base sqrt 2 reach down to 0.006
         assert int(qparams.zero_point) == 0
@@ -346,6 +363,24 @@ def test_what_is_observed_is_what_is_computed(
             assert distance.max() < 1e-4 * (1 + values.abs().max())
 
 
+def test_extremes_of_every_input_go_with_the_numbers(checkpoint: Checkpoint, calibration: CalibrationSet) -> None:
+    """Weights add up to all numbers there are, and the largest of every input is among them."""
+    many = CalibrationInputs(calibration.x_t.repeat(40, 1, 1, 1), calibration.t.repeat(40))
+    seen = observe(checkpoint.network(), {OUTPUT: (1,)}, many, torch.zeros_like(many.t), 1)[OUTPUT]
+    ((numbers, weights),) = seen.weighted(0)
+    assert seen.totals == [[1600 * 64]]
+    assert float(weights.sum()) == pytest.approx(1600 * 64 + 2 * 1600, rel=1e-4)
+    with torch.inference_mode():
+        largest = checkpoint.network()(calibration.x_t, calibration.t).amax(dim=(1, 2, 3))
+    assert (numbers[0][None] - largest[:, None]).abs().amin(dim=1).max() < 1e-5
+    few = CalibrationInputs(calibration.x_t, calibration.t)
+    ((numbers, weights),) = observe(checkpoint.network(), {OUTPUT: (1,)}, few, torch.zeros_like(few.t), 1)[
+        OUTPUT
+    ].weighted(0)
+    assert weights.unique().tolist() == [1.0]
+    assert numbers.shape == (1, 40 * 64)
+
+
 def test_kept_positions_are_spread_evenly_over_inputs() -> None:
     places = spread_positions(7, 400, 8, 100)
     assert places.shape == (400, 8)
@@ -357,11 +392,11 @@ def test_kept_positions_are_spread_evenly_over_inputs() -> None:
 
 def test_memory_is_bounded_by_several_passes() -> None:
     parts = {f"s{i}": (1,) * 4096 for i in range(100)}
-    cut = passes(parts, 20)
+    cut = passes(parts, 20, 1000)
     assert [s for group in cut for s in group] == list(parts)
     assert len(cut) > 1
-    assert max(len(group) * 4 * 20 * 4096 * 512 for group in cut) <= 2**28
-    assert passes(parts, 20, keep_numbers=False) == [list(parts)]
+    assert max(len(group) * 4 * 4096 * (20 * 512 + 2000) for group in cut) <= 2**28
+    assert passes(parts, 20, 1000, keep_numbers=False) == [list(parts)]
 
 
 def test_what_cannot_be_observed_is_refused(checkpoint: Checkpoint, calibration: CalibrationSet) -> None:
@@ -438,7 +473,7 @@ def test_a_skip_of_another_range_is_worth_a_split() -> None:
     for parts in ((2,), (1, 1)):
         (rows,) = grouped(x, 1, parts)
         rows = rows[0]
-        qparams = activation_range(rows, rows.amin(dim=1), rows.amax(dim=1), fmt, "mse")
+        qparams = activation_range(*even(rows), rows.amin(dim=1), rows.amax(dim=1), fmt, "mse")
         back = fake_quantize(rows, qparams.scale[:, None], qparams.zero_point[:, None], fmt).reshape(2, 500)
         errors.append(float((back - x[0])[0].square().mean() / x[0, 0].square().mean()))
     assert errors[0] > 0.5
@@ -654,7 +689,7 @@ def test_descriptions_that_make_no_sense_are_refused(
 def test_tables_of_different_lengths_are_refused(weights: QuantizedCheckpoint) -> None:
     made = {site: Activation("int8sym", "tensor", torch.ones(k, 1)) for k, site in ((2, "head.output"), (3, OUTPUT))}
     with pytest.raises(QuantizationError, match=r"\[2, 3\] intervals"):
-        quantize_activations(weights.network(), made, 1000, {})
+        add_activation_quantizers(weights.network(), made, 1000, {})
 
 
 def test_a_model_with_quantized_activations_is_not_imported(

@@ -26,6 +26,7 @@ from fqdiff.evidence.comparison import DISTRIBUTION, PAIRED, Resampled, differen
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, parameter_blocks, unet_architecture, unet_config
 from fqdiff.pipeline import Runner, Stage, Step
+from fqdiff.quant.activations import Activation
 from fqdiff.quant.formats import Granularity, PerChannel, PerGroup, PerTensor, get_format
 from fqdiff.quant.packed import pack_tensor, stored_bytes
 from fqdiff.rng import generator
@@ -197,7 +198,9 @@ def tiny_value(kind: str) -> Any:
     if kind == "quantized":
         packed = {name: pack_tensor(t, chosen[name], grains[name]) for name, t in tensors.items()}
         tables = {name: torch.randn(3, o, generator=draw).half() for name, o in (("head.output", 1), ("stem.conv", 4))}
-        return QuantizedCheckpoint(spec, packed, tables)
+        zero_point = torch.tensor([[3, 200], [0, 255]], dtype=torch.uint8)
+        made = {"head.late": Activation("int8", "split", torch.rand(2, 2, generator=draw) + 0.1, zero_point)}
+        return QuantizedCheckpoint(spec, packed, tables, {**made, "output": Activation("int4sym", "channel")})
     if kind == "samples":
         return SampleSet(tiny_images(6), seed=5)
     if kind == "features":

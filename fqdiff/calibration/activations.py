@@ -21,15 +21,35 @@ GOLDEN = 0.6180339887498949
 
 @dataclass
 class Observed:
-    """Numbers at one site. ``low``, ``high`` float32 [K, G]: exact extremes.
+    """Numbers at one site. ``low``, ``high`` float32 [K, G]: exact extremes; ``ends[k]`` [G, 2 N_k]: those of each input.
 
     ``numbers[k]``: of interval k some of them, evenly spread over inputs and positions: one [g, n] for each part of the
-    channels that :func:`grouped` gives. Empty where only extremes were asked for.
+    channels that :func:`grouped` gives, out of ``totals[k]`` many for each scale. All but extremes are empty where only those
+    were asked for.
     """
 
     low: Tensor
     high: Tensor
     numbers: list[list[Tensor]]
+    totals: list[list[int]]
+    ends: list[Tensor]
+
+    def weighted(self, k: int) -> list[tuple[Tensor, Tensor]]:
+        """Numbers of interval k and how many each stands for, [g, n] both, for each part of the channels.
+
+        The spread ones share out the total; with them go the extremes of every input, which they seldom meet, each for
+        itself: what a range cuts off is mostly those.
+        """
+        found = []
+        for numbers, total, ends in zip(
+            self.numbers[k], self.totals[k], self.ends[k].split([len(part) for part in self.numbers[k]]), strict=True
+        ):
+            share = torch.full_like(numbers, total / numbers.shape[1])
+            if total == numbers.shape[1]:  # all are there
+                found.append((numbers, share))
+            else:
+                found.append((torch.cat([numbers, ends], dim=1), torch.cat([share, torch.ones_like(ends)], dim=1)))
+        return found
 
 
 def spread_positions(first_input: int, count: int, kept: int, length: int) -> Tensor:
@@ -62,18 +82,21 @@ def observe(
             "use fewer --activation-intervals, or a set with more timesteps",
         )
     found: dict[str, Observed] = {}
-    for sites in passes(parts, intervals, keep_numbers):
+    for sites in passes(parts, intervals, len(inputs), keep_numbers):
         chosen = {site: parts[site] for site in sites}
         found |= _observe_together(network, chosen, inputs, index, number, keep_numbers, tick)
     return found
 
 
-def passes(parts: Mapping[str, tuple[int, ...]], intervals: int, keep_numbers: bool = True) -> list[list[str]]:
-    """The sites of ``parts``, cut so that the numbers kept in one pass over the inputs fit the memory meant for them."""
+def passes(
+    parts: Mapping[str, tuple[int, ...]], intervals: int, inputs: int, keep_numbers: bool = True
+) -> list[list[str]]:
+    """The sites of ``parts``, cut so that the numbers kept in one pass over so many ``inputs`` fit the memory meant for them."""
     cut: list[list[str]] = [[]]
     taken = 0
     for site, sizes in parts.items():
-        size = 4 * intervals * len(sizes) * numbers_each(intervals, len(sizes)) if keep_numbers else 0
+        each = intervals * numbers_each(intervals, len(sizes)) + 2 * inputs
+        size = 4 * len(sizes) * each if keep_numbers else 0
         if taken + size > MEMORY and cut[-1]:
             cut.append([])
             taken = 0
@@ -112,14 +135,17 @@ def _observe_together(
             raise NumericalError(f"activations at '{site}' are NaN or infinite", "check the model")
         if site not in found:
             shape = intervals, low.shape[1]
-            found[site] = Observed(torch.full(shape, float("inf")), torch.full(shape, float("-inf")), [])
+            empty = [[0] * len(groups) for _ in range(intervals)], [torch.empty(shape[1], 0)] * intervals
+            found[site] = Observed(torch.full(shape, float("inf")), torch.full(shape, float("-inf")), [], *empty)
             pieces[site] = [[[] for _ in groups] for _ in range(intervals)]
         held = found[site]
         held.low.scatter_reduce_(0, index[:, None].expand_as(low), low, "amin")
         held.high.scatter_reduce_(0, index[:, None].expand_as(high), high, "amax")
         for k in index.unique().tolist() if keep_numbers else ():
             rows = index == k
-            for each, group in zip(pieces[site][k], groups, strict=True):
+            held.ends[k] = torch.cat([held.ends[k], low[rows].T, high[rows].T], dim=1)
+            for part, (each, group) in enumerate(zip(pieces[site][k], groups, strict=True)):
+                held.totals[k][part] += int(rows.sum()) * group.shape[2]
                 each.append(_some(group[rows.to(group.device)], int(begun[k]), int(number[k]), held.low.shape))
 
     with watching(network, parts, see), torch.inference_mode():

@@ -74,7 +74,8 @@ def activations(
     index, timesteps = timestep_groups(inputs.t, groups)
     by_channel = {name: (1,) * sites[name] for name in borders}
     of_time = {"boxes": boxes_over_time, "histograms": histograms_over_time}
-    rounds = len(passes(wanted, len(timesteps))) * bool(of_time.keys() & set(chosen)) + ("skips" in chosen)
+    rounds = len(passes(wanted, len(timesteps), len(inputs))) if of_time.keys() & set(chosen) else 0
+    rounds += len(passes(by_channel, 1, len(inputs))) if "skips" in chosen else 0
     label = f"calibration {manifest.id} of checkpoint {source.id}"
     files: dict[str, bytes] = {}
     with session.progress(rounds * len(inputs), "activations", "input") as bar:

@@ -166,7 +166,7 @@ def _check_scales(site: str, activation: Activation, groups: int) -> None:
         raise QuantizationError(f"activation zero points of '{site}' are {zero_point.dtype} {tuple(zero_point.shape)}")
 
 
-def quantize_activations(
+def add_activation_quantizers(
     network: nn.Module,
     activations: Mapping[str, Activation],
     num_train_timesteps: int,

@@ -47,7 +47,7 @@ def quantize_activations(
     inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
     network = model.network().to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     keep = config.range != "min-max"
-    rounds = len(passes(parts, config.intervals, keep))
+    rounds = len(passes(parts, config.intervals, len(inputs), keep))
     with context.progress(rounds * len(inputs), "activations", "input") as bar:
         index = interval_of(inputs.t, config.intervals, calibration.num_train_timesteps)
         found = observe(network, parts, inputs, index, config.intervals, keep, bar.update)
@@ -57,10 +57,13 @@ def quantize_activations(
             fmt, seen = get_activation_format(activation.format), found.pop(site)
             rows = []
             for k in range(config.intervals):
-                numbers = seen.numbers[k] if keep else [torch.empty(seen.low.shape[1], 0)]
-                sizes = [len(part) for part in numbers]
-                ends = zip(numbers, seen.low[k].split(sizes), seen.high[k].split(sizes), strict=True)
-                rows.append(_joined([activation_range(*part, fmt, config.range) for part in ends]))
+                nothing = torch.empty(seen.low.shape[1], 0)
+                weighted = seen.weighted(k) if keep else [(nothing, nothing)]
+                sizes = [len(numbers) for numbers, _ in weighted]
+                ends = zip(weighted, seen.low[k].split(sizes), seen.high[k].split(sizes), strict=True)
+                rows.append(
+                    _joined([activation_range(*part, low, high, fmt, config.range) for part, low, high in ends])
+                )
             made[site] = _with_scales(activation, fmt, rows)
             bar.update()
     return replace(model, activations=made)
