@@ -18,7 +18,10 @@ Release = Callable[[], None]
 
 
 def activation_sites(network: nn.Module) -> dict[str, int]:
-    """Every site, in the order of the network's modules, with the number of its channels; attention has its heads for such."""
+    """Every site, in the order of the network's modules, with the number of its channels; attention has its heads for such.
+
+    The output has as many as the last layer puts out.
+    """
     found: dict[str, int] = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):

@@ -108,7 +108,7 @@ class ActivationQuantizer(nn.Module):
 
     def _by_channel(self, values: Tensor, x: Tensor) -> Tensor:
         """[B, G] -> shaped to broadcast with ``x``."""
-        if len(self.parts) > 1:
+        if max(self.parts) > 1 and len(self.parts) > 1:
             values = values.repeat_interleave(torch.tensor(self.parts, device=values.device), dim=1)
         shape = [1] * x.ndim
         shape[0], shape[self.axis] = values.shape
