@@ -39,6 +39,8 @@ from fqdiff.quant.activation_formats import (
 from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_parts, grouped, tap, watching
 from fqdiff.quant.activations import Activation, activation_layout, add_activation_quantizers
 from fqdiff.quant.container import file_bytes, stored_tensors
+from fqdiff.quant.formats import PerTensor, get_format
+from fqdiff.quant.packed import pack_tensor
 from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
 from fqdiff.stages.activations import planned_activations
@@ -516,6 +518,33 @@ def test_a_packed_network_quantizes_the_same(models: Mapping[str, QuantizedCheck
         torch.testing.assert_close(model.packed_network()(x, t), model.network()(x, t), atol=0, rtol=0)
         assert dict(model.network().named_parameters()).keys() == model.packed.keys()
         assert model.network().state_dict().keys() == model.packed.keys()
+
+
+def test_phases_of_timesteps_and_activations_go_together(
+    checkpoint: Checkpoint, calibration: CalibrationSet, models: Mapping[str, QuantizedCheckpoint]
+) -> None:
+    """A batch over two phases against its samples alone. Rejects an output quantized once more, with rows of another phase."""
+    fmt = get_format("int8:8/3")
+    tensors = checkpoint.tensors.items()
+    packed = {n: pack_tensor(t, fmt if t.ndim > 1 else get_format("float32"), PerTensor()) for n, t in tensors}
+    phased = QuantizedCheckpoint(checkpoint.spec, packed)
+    config = ActivationConfig("int4", range="percentile", intervals=4, first="int8", last="int4")
+    made = activations_stage(checkpoint, phased, calibration, config, 0, Context())
+    x, t = normal(4, 1, 8, 8), torch.tensor([0, 499, 500, 999])
+    assert made.phases == 2
+    network = made.network()
+    together, alone = network(x, t), torch.cat([network(x[:2], t[:2]), network(x[2:], t[2:])])
+    torch.testing.assert_close(together, alone, atol=0, rtol=0)
+    rows = calibration.t < 500
+    seen: dict[str, Tensor] = {}
+    with watching(plain := phased.network(), ["head.late"], seen.__setitem__):
+        plain(calibration.x_t[rows], calibration.t[rows])
+    found = activations_stage(
+        checkpoint, phased, calibration, replace(config, range="min-max", intervals=2), 0, Context()
+    ).activations["head.late"]
+    low, high = seen["head.late"][:, :12].amin().clamp(max=0), seen["head.late"][:, :12].amax().clamp(min=0)
+    assert found.scale is not None
+    assert float(found.scale[0, 0]) == pytest.approx(float(high - low) / 15, rel=1e-4)
 
 
 def test_ends_are_quantized_by_choice(checkpoint: Checkpoint) -> None:

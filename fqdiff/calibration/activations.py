@@ -3,8 +3,9 @@
 Shapes: N inputs, B batch, K intervals of timesteps, G scales of a site, g of one part of its channels, n numbers kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
 from fqdiff.errors import ConfigError, NumericalError
 from fqdiff.quant.activation_sites import grouped, site_axis, watching
+from fqdiff.quant.phases import PhasedNetwork
+from fqdiff.quant.timestep_bias import interval_of
 
 NUMBERS = 2**15  # kept of each site, shared out among its intervals and scales,
 LEAST_NUMBERS = 2**9  # but of each of them no fewer
@@ -119,7 +122,7 @@ def _observe_together(
     keep_numbers: bool,
     tick: Callable[[int], None],
 ) -> dict[str, Observed]:
-    device, intervals = next(network.parameters()).device, len(number)
+    device, intervals = next(chain(network.parameters(), network.buffers())).device, len(number)
     axes = {site: site_axis(network, site) for site in parts}
     found: dict[str, Observed] = {}
     pieces: dict[str, list[list[list[Tensor]]]] = {}
@@ -149,13 +152,24 @@ def _observe_together(
                 each.append(_some(group[rows.to(group.device)], int(begun[k]), int(number[k]), held.low.shape))
 
     with watching(network, parts, see), torch.inference_mode():
-        for (x_t, t), index in zip(inputs.chunks(), every_index.split(CHUNK), strict=True):
+        for x_t, t, index in _calls(network, inputs, every_index):
             network(x_t.to(device), t.to(device))
             begun += index.bincount(minlength=intervals)
             tick(len(t))
     for site, held in found.items():
         held.numbers = [[torch.cat(each, dim=1) for each in part] for part in pieces[site]] if keep_numbers else []
     return found
+
+
+def _calls(network: nn.Module, inputs: CalibrationInputs, index: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``inputs`` and their intervals in pieces of which ``network`` makes one call: it takes phases of timesteps apart."""
+    for (x_t, t), part in zip(inputs.chunks(), index.split(CHUNK), strict=True):
+        if not isinstance(network, PhasedNetwork):
+            yield x_t, t, part
+            continue
+        phase = interval_of(t, *network.phases_of_timesteps)
+        for each in phase.unique().tolist():
+            yield x_t[phase == each], t[phase == each], part[phase == each]
 
 
 def _some(group: Tensor, first_input: int, number: int, shape: Sequence[int]) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fqdiff.quant.timestep_bias import LAYERS
+
 OUTPUT = "output"
 OPERANDS = ("query", "key", "value", "softmax")
 Transform = Callable[[Tensor], Tensor]
@@ -26,15 +28,22 @@ def activation_sites(network: nn.Module) -> dict[str, int]:
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             found[name] = module.in_features
-            last = module.out_features
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             found[name] = module.in_channels
-            last = module.out_channels
         elif hasattr(module, "attend"):
             heads = module.num_heads
             assert isinstance(heads, int)
             found |= {f"{name}.{operand}": heads for operand in OPERANDS}
-    return {**found, OUTPUT: last}
+    last = network.get_submodule(last_layer(network))
+    channels = last.out_features if isinstance(last, nn.Linear) else last.out_channels
+    assert isinstance(channels, int)
+    return {**found, OUTPUT: channels}
+
+
+def last_layer(network: nn.Module) -> str:
+    """The layer whose output is the network's: the last of its modules that is a layer."""
+    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, LAYERS)]
+    return names[-1]
 
 
 def site_axis(network: nn.Module, site: str) -> int:
@@ -70,8 +79,9 @@ def tap(network: nn.Module, site: str, transform: Transform) -> Release:
 
     Attention gives up its fused kernel, which shows nobody its softmax, while one of its operands is tapped.
     """
-    if site == OUTPUT:
-        return network.register_forward_hook(lambda module, arguments, output: transform(output)).remove
+    if site == OUTPUT:  # by its last layer: a network with phases calls itself for parts of a batch
+        last = network.get_submodule(last_layer(network))
+        return last.register_forward_hook(lambda module, arguments, output: transform(output)).remove
     if not is_operand(site):
         layer = network.get_submodule(site)
         return layer.register_forward_pre_hook(
