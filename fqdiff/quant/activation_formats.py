@@ -87,8 +87,8 @@ def zero_points(fmt: ActivationFormat, scale: Tensor) -> Tensor:
 def activation_codes(x: Tensor, scale: Tensor, zero_point: Tensor, fmt: ActivationFormat) -> Tensor:
     """Codes as floats; in a logarithmic format qmax + 1 where x is below what its last code stands for."""
     if fmt.kind != "log":
-        return (torch.round(x / scale) + zero_point).clamp(0, fmt.qmax)
-    return torch.round(-fmt.per_octave * torch.log2((x / scale).clamp(min=0))).clamp(0, fmt.qmax + 1)
+        return (x / scale).round_().add_(zero_point).clamp_(0, fmt.qmax)
+    return (x / scale).clamp_(min=0).log2_().mul_(-fmt.per_octave).round_().clamp_(0, fmt.qmax + 1)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, fmt: ActivationFormat) -> Tensor:
@@ -100,5 +100,5 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, fmt: ActivationF
     codes = activation_codes(x, scale, zero_point, fmt)
     if fmt.kind != "log":
         return codes.sub_(zero_point).mul_(scale)
-    values = torch.exp2(codes / -fmt.per_octave) * scale
-    return torch.where(codes > fmt.qmax, torch.zeros_like(values), values)
+    beyond = codes > fmt.qmax
+    return codes.div_(-fmt.per_octave).exp2_().mul_(scale).masked_fill_(beyond, 0)

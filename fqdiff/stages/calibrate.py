@@ -36,21 +36,20 @@ def calibrate(
     sampler = Sampler(config.sampler, config.steps, config.eta)
     dtype = torch.float16 if config.precision == "float16" else torch.float32
     network = checkpoint.network().to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = _images(dataset, spec.image_shape) if config.source == "data" else None
     pieces: list[Kept] = []
     with context.progress(config.samples, "calibrate", "run") as bar:
         for number, ks in enumerate(torch.arange(config.samples).split(CHUNK)):
             name = f"runs-{number:04}"
             saved = context.parts.load(name)
-            if saved is not None:
-                piece = Kept(**saved.tensors)
-            elif config.source == "data":
-                piece = noised_images(spec, _images(dataset, spec.image_shape), sampler, ks.tolist(), steps[ks], seed)
-            else:
-                piece = record_runs(spec, network, sampler, ks.tolist(), steps[ks], seed, context.device)
             if saved is None:
-                piece = Kept(_stored(piece.x_t, dtype), piece.t, piece.step)
-                context.parts.save(name, Part(dict(vars(piece)), {}))
-            pieces.append(piece)
+                if images is not None:
+                    made = noised_images(spec, images, sampler, ks.tolist(), steps[ks], seed)
+                else:
+                    made = record_runs(spec, network, sampler, ks.tolist(), steps[ks], seed, context.device)
+                saved = Part({"x_t": _stored(made.x_t, dtype), "t": made.t, "step": made.step}, {})
+                context.parts.save(name, saved)
+            pieces.append(Kept(**saved.tensors))
             bar.update(len(ks))
     inputs = joined(pieces)
     return CalibrationSet(inputs.x_t, inputs.t, tensor_digest(checkpoint.tensors), total)
