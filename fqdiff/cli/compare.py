@@ -6,7 +6,7 @@ import typer
 
 from fqdiff.cli.compare_text import comparison_text
 from fqdiff.cli.fid import FEATURES_HELP, InceptionOption, ancestor, choose_features
-from fqdiff.cli.quantize import quantize_step
+from fqdiff.cli.quantize import planned_step
 from fqdiff.cli.sample import sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
@@ -127,7 +127,7 @@ def model_of(session: Session, found: "Manifest") -> "Step | Manifest":
     """The model behind samples, the one a plan makes, or ``found`` itself."""
     if found.kind == "samples":
         return only_input(session, found, "model")
-    return quantize_step(session, found) if found.kind == "plan" else found
+    return planned_step(session, found) if found.kind == "plan" else found
 
 
 def is_quantized_from(session: Session, found: "Manifest", baseline: "Manifest") -> bool:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.quantize import activations_step, quantize_step
+from fqdiff.cli.quantize import planned_step
 from fqdiff.cli.sample import sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
@@ -94,9 +94,7 @@ def fid_samples(
     checkpoint = ancestor(session, found, "checkpoint")
     enough = {"count": count or min(SampleConfig.count, held_out)}
     config = sample_settings(session, checkpoint, enough)
-    model_step: Step | Manifest = found
-    if found.kind == "plan":
-        model_step = activations_step(session, found, quantize_step(session, found))
+    model_step = planned_step(session, found) if found.kind == "plan" else found
     session.note(f"samples: {config.count} with {config.sampler} in {config.steps} steps, seed {session.seed}")
     samples = Step("sample", {"model": model_step}, config, session.seed)
     if found.kind == "checkpoint":

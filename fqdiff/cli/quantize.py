@@ -221,6 +221,11 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
     return Step("quantize", inputs, config, seed)
 
 
+def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
+    """The step that carries out a plan with the settings of the file alone, those of its activations among them."""
+    return activations_step(session, plan_manifest, quantize_step(session, plan_manifest))
+
+
 def activations_step(
     session: Session,
     plan_manifest: "Manifest",

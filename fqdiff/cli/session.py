@@ -257,7 +257,6 @@ class _TqdmBar:
 
 
 STAGE_TABLES = (
-STAGE_TABLES = (
     "train", "fisher", "validate", "plan", "calibrate", "quantize", "activations", "sample", "classifier", "fid", "compare",
 )  # fmt: skip
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
