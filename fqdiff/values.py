@@ -215,7 +215,8 @@ class CalibrationSet:
                 f"the calibration set has timesteps of {self.num_train_timesteps}, the model {total}",
                 "record one for this checkpoint: fqdiff calibrate",
             )
-        if self.model != tensor_digest(checkpoint.tensors):
+        same_images = tuple(self.x_t.shape[1:]) == checkpoint.spec.image_shape
+        if not same_images or self.model != tensor_digest(checkpoint.tensors):
             raise LineageError(
                 "the calibration set was recorded for another model",
                 "record one for this checkpoint: fqdiff calibrate",

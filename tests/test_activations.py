@@ -611,6 +611,8 @@ def test_a_calibration_set_that_does_not_belong_is_refused(
 
     with pytest.raises(LineageError, match="recorded for another model"):
         stage(weights, replace(calibration, model="0" * 64))
+    with pytest.raises(LineageError, match="recorded for another model"):
+        stage(weights, replace(calibration, x_t=calibration.x_t[:, :, :4]))
     with pytest.raises(LineageError, match="timesteps of 500, the model 1000"):
         stage(weights, replace(calibration, num_train_timesteps=500))
     with pytest.raises(LineageError, match="without a calibration set"):
