@@ -69,10 +69,12 @@ def test_help_answers_at_once_and_imports_no_torch() -> None:
     script = "import sys, fqdiff.cli.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
     best = 9.0
-    for _ in range(3):
+    for _ in range(10):  # a busy machine is slow now and then: once at once will do
         start = time.monotonic()
         subprocess.run([sys.executable, "-m", "fqdiff", "--help"], capture_output=True, check=True)
         best = min(best, time.monotonic() - start)
+        if best < 0.5:
+            break
     assert best < 0.5
 
 
