@@ -204,12 +204,11 @@ HEAD = (
 
 def line(row: Row, parameters: int, first: Row | None) -> str:
     """``row`` as one line of the table; ``first``: of the same budget."""
-    mean, low, high = mean_and_interval(torch.tensor(row.errors))
-    more = ""
+    errors, more = torch.tensor(row.errors, dtype=torch.float64), ""
+    mean, low, high = mean_and_interval(errors)
     if first is not None and first is not row:
-        more = "{:+.4f} [{:+.4f}, {:+.4f}]".format(
-            *mean_and_interval(torch.tensor(row.errors) - torch.tensor(first.errors))
-        )
+        above = errors - torch.tensor(first.errors, dtype=torch.float64)
+        more = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*mean_and_interval(above))
     a, b = row.fid_interval
     name = row.label if row.budget is None else f"{row.label}, {row.budget:g}"
     return (
