@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -12,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes that tensors made by ``work()`` take at any one time; the insides of kernels are not seen."""
-    with _Living() as living:
+    living = _Living()
+    with living:
         work()
     return living.peak
 
@@ -21,8 +21,8 @@ class _Living(TorchDispatchMode):
     """Bytes of tensors made within it that are alive, and the most that ever were."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
