@@ -24,6 +24,7 @@ from fqdiff.values import Model, ModelSpec, SampleSet, predict_noise
 
 UNIT_IMAGES = 50
 LARGEST_BATCH = 100  # of what the stage chooses itself; a CPU gains nothing from more
+PROBE = 8  # images of a batch whose memory is measured
 HEADROOM = 2.0  # of allocators, and of what kernels take inside: a process grows by 1.55 times what tensors take
 
 
@@ -143,32 +144,30 @@ def gather(spec: ModelSpec, cut: Sequence[Unit], parts: Parts) -> Tensor:
 def batch_that_fits(network: nn.Module, spec: ModelSpec, config: SampleConfig, context: Context) -> int:
     """LARGEST_BATCH, or as many images as keep the process below ``context.max_memory``.
 
-    On another device than the CPU the limit is that of the tensors there. Raises ConfigError where not even one image fits.
+    On CUDA the limit is that of the tensors on the device. A batch of B takes the largest of a + b B over the
+    operations of a run, a >= 0, such as weights unpacked for a layer: for each image the less, the more there are. What n
+    images take, n <= B, thus bounds it. Raises ConfigError where not even one image fits.
     """
     if not context.max_memory:
         return LARGEST_BATCH
-    each, fixed = needed_bytes(network, spec, config, context.device)
-    if context.device.type == "cpu":
-        held = peak_memory()
-    else:
-        held = sum(t.untyped_storage().nbytes() for t in [*network.parameters(), *network.buffers()])
-    fits = (context.max_memory - held - fixed) // each
-    if fits < 1:
-        raise ConfigError(f"one image needs about {(held + fixed + each) / 2**20:.0f} MiB", "raise --max-memory")
-    return min(LARGEST_BATCH, fits)
+    batch_bytes(network, spec, config, context.device, 1)  # weights that are unpacked once are there from here on
+    one = batch_bytes(network, spec, config, context.device, 1)
+    held = torch.cuda.memory_allocated(context.device) if context.device.type == "cuda" else peak_memory()
+    free = context.max_memory - held
+    if free < one:
+        raise ConfigError(f"one image needs about {(held + one) / 2**20:.0f} MiB", "raise --max-memory")
+    few = min(PROBE, free // one)
+    return min(LARGEST_BATCH, few * free // batch_bytes(network, spec, config, context.device, few))
 
 
-def needed_bytes(network: nn.Module, spec: ModelSpec, config: SampleConfig, device: torch.device) -> tuple[int, int]:
-    """What a batch takes for each image, and once, such as the weights that are unpacked for a layer."""
+def batch_bytes(network: nn.Module, spec: ModelSpec, config: SampleConfig, device: torch.device, batch: int) -> int:
+    """What sampling a batch takes beside the network, measured on the first steps."""
     predict, schedule = predict_noise(spec, network), spec.noise_schedule()
     few = replace(config, steps=min(3, config.steps))  # in its third step every sampler holds all that it ever does
 
-    def run(batch: int) -> None:
+    def run() -> None:
         x = torch.zeros(batch, *spec.image_shape, device=device).to(memory_format=torch.channels_last)
         for _ in run_sampler(predict, x, schedule, few, lambda: torch.zeros_like(x)):
             pass
 
-    run(1)  # a network that keeps its unpacked weights has them from here on
-    one, three = (peak_bytes(lambda n=n: run(n)) for n in (1, 3))  # type: ignore[misc]
-    each = (three - one) / 2
-    return int(HEADROOM * each), int(HEADROOM * max(0, one - each))
+    return int(HEADROOM * peak_bytes(run))
