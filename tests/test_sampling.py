@@ -313,6 +313,9 @@ def test_shards_of_two_machines_join_to_the_bytes_of_one_run(
     assert not seen
     assert images_of(store) == made[1]
     assert not parts_of(store)
+    result = call(store, *MAKE, "--seed", "1", "--from", str(other))
+    assert result.exit_code == 1
+    assert f"in {other}" in result.stderr
     # A second time there is nothing to do, and nothing is left behind.
     assert good(store, *MAKE, "--from", str(other))["id"] == made[0]
     assert not parts_of(store)
@@ -353,3 +356,16 @@ def test_bad_input_is_one_line_and_a_hint(store: Path, arguments: list[str], mes
     assert "Traceback" not in result.stderr
     assert not list(store.glob("samples/*"))
     assert not parts_of(store)
+
+
+def test_dpm_solver_is_chosen_by_flag_and_by_file(store: Path, tmp_path: Path) -> None:
+    """In every command that samples; without a number of steps it takes as many as DDIM."""
+    config = tmp_path / "fqdiff.toml"
+    config.write_text('[sample]\nsampler = "dpm++"\n')
+    for arguments in (["--config", str(config)], ["--sampler", "dpm++"]):
+        shown = good(store, "sample", "--dry-run", *arguments)
+        assert shown["config"] == {"sampler": "dpm++", "steps": 50, "eta": 0.0, "count": 5000}
+    for command in (["fid"], ["compare", "latest"]):
+        result = call(store, *command, "latest", "--features", "digits", "--config", str(config), "--dry-run")
+        assert result.exit_code == 0, result.stderr
+        assert "with dpm++ in 50 steps" in result.stderr

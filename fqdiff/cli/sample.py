@@ -10,7 +10,7 @@ from fqdiff.cli.session import Session, common
 from fqdiff.cli.shards import make_shard, parse_shard
 from fqdiff.cli.show import artifact_data, byte_count
 from fqdiff.configs import SAMPLERS, SampleConfig
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,13 +83,17 @@ def sample(
 
 
 def take_over(session: Session, step: "Step", others: list[Path]) -> None:
-    """Copy the finished images of ``step`` from other stores, unless they are all here."""
-    from fqdiff.store.parts import adopt_parts
+    """Copy the finished images of ``step`` from other stores, unless the samples are here. Raises ArtifactNotFound."""
+    from fqdiff.store.parts import adopt_parts, unfinished
     from fqdiff.store.store import Store
 
     if session.store.find(step.kind, step.id) is not None:
         return
     for path in others:
+        if step.id not in {recipe.id for recipe in unfinished(Store(path), step.kind)}:
+            raise ArtifactNotFound(
+                f"no shard of {step.kind} {step.id} in {path}", "shards have the same model, settings and --seed"
+            )
         taken = adopt_parts(Store(path), session.store, step.recipe)
         session.note(f"{step.kind} {step.id}: {taken} units taken over from {path}")
 
