@@ -1,10 +1,14 @@
 """What measuring takes: counted to the byte, by following every tensor that an operation makes."""
 
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fqdiff.configs import FisherConfig
 from fqdiff.context import Context
@@ -15,12 +19,41 @@ from fqdiff.fisher.draws import Batch
 from fqdiff.fisher.memory import HEADROOM, batch_that_fits, needed_bytes, sample_bytes
 from fqdiff.fisher.timesteps import Layout, Task, measure
 from fqdiff.fisher.trajectory import measure_runs
-from fqdiff.memory import peak_bytes
 from fqdiff.models.registry import build, output_axes, unet_architecture
 from fqdiff.models.unet import UNet, UNetConfig
 from fqdiff.stages import fisher as module
 from fqdiff.stages.fisher import fisher
 from fqdiff.values import Checkpoint, Dataset, ModelSpec
+
+
+class Living(TorchDispatchMode):
+    """Bytes of tensors made within it that are alive, and the most that ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {v.untyped_storage().data_ptr() for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in known:
+                storage = value.untyped_storage()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage.nbytes())
+        return result
+
+    def freed(self, count: int) -> None:
+        self.now -= count
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    with Living() as living:
+        work()
+    return living.peak
 
 
 def test_the_count_is_right() -> None:
@@ -30,7 +63,7 @@ def test_the_count_is_right() -> None:
         del a
         (b.view(10, 100) * 2).sum()
 
-    assert 8000 <= peak_bytes(work) <= 8100
+    assert 8000 <= peak_of(work) <= 8100
 
 
 def test_the_memory_of_a_trajectory_does_not_grow_with_its_steps(checkpoint: Checkpoint) -> None:
@@ -39,7 +72,7 @@ def test_the_memory_of_a_trajectory_does_not_grow_with_its_steps(checkpoint: Che
     axes = output_axes(network)
 
     def peak(steps: int) -> int:
-        return peak_bytes(lambda: measure_runs(network, checkpoint.spec, [0, 1], steps, 0, axes, 0))
+        return peak_of(lambda: measure_runs(network, checkpoint.spec, [0, 1], steps, 0, axes, 0))
 
     peak(1)
     few, many = peak(2), peak(12)
@@ -64,7 +97,7 @@ def test_what_one_sample_takes_is_estimated_within_a_factor_of_two(image_size: i
 
     def work(batch: int) -> int:
         x, t = torch.randn(batch, 1, image_size, image_size), torch.full((batch,), 5)
-        return peak_bytes(
+        return peak_of(
             lambda: per_sample_backward(
                 network, lambda: network(x, t), torch.ones_like, lambda _, pieces: [p.square().sum() for p in pieces]
             )
@@ -104,7 +137,7 @@ def test_what_a_batch_takes_is_estimated_within_a_factor_of_two(timesteps: int, 
     )  # fmt: skip
     task, layout = Task(tuple(range(timesteps)), (range(samples),)), Layout(output_axes(network), {})
     settings = {"true": False, "pairs": False, "outputs": False, "weights": granularity == "weight", "autocast": False}
-    real = peak_bytes(lambda: measure(network, task, lambda task, n: batch, layout, **settings))
+    real = peak_of(lambda: measure(network, task, lambda task, n: batch, layout, **settings))
     each, fixed = needed_bytes(network, (1, 8, 8), config)
     if granularity == "weight":  # which besides counts what waits for its turn
         fixed -= 3 * 8 * sum(p.numel() for p in network.parameters())
@@ -117,7 +150,7 @@ def test_what_a_sampler_run_takes_is_estimated_within_a_factor_of_two() -> None:
     spec = ModelSpec(unet_architecture(network.config), "cosine", "v")
 
     def work(runs: int) -> int:
-        return peak_bytes(lambda: measure_runs(network, spec, list(range(runs)), 3, 0, output_axes(network), 0))
+        return peak_of(lambda: measure_runs(network, spec, list(range(runs)), 3, 0, output_axes(network), 0))
 
     each, fixed = needed_bytes(network, (1, 8, 8), FisherConfig("trajectory"))
     real = (work(3) - work(1)) / 2
