@@ -613,6 +613,9 @@ class ActivationConfig:
         return int(self.format.removeprefix("int").removesuffix("sym"))
 
 
+SAMPLERS = ("ddim", "ddpm", "dpm++")
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Which sampler makes the images, in how many steps, and how many images."""
@@ -623,9 +626,9 @@ class SampleConfig:
     count: int = 5000
 
     def __post_init__(self) -> None:
-        require(self.sampler in ("ddim", "ddpm"), f"unknown sampler '{self.sampler}'", "one of: ddim, ddpm")
+        require(self.sampler in SAMPLERS, f"unknown sampler '{self.sampler}'", f"one of: {', '.join(SAMPLERS)}")
         require(self.steps >= 1, f"steps is {self.steps}", "use 1 or more, e.g. 50")
-        require(self.eta == 0 or self.sampler == "ddim", "eta is DDIM's; ddpm has none", "leave eta out")
+        require(self.eta == 0 or self.sampler == "ddim", f"eta is DDIM's; {self.sampler} has none", "leave eta out")
         require(0 <= self.eta <= 1, f"eta is {self.eta}", "use 0 (deterministic) to 1 (as random as DDPM)")
         require(self.count >= 1, f"count is {self.count}", "sample at least one image")
 

@@ -82,15 +82,15 @@ class MemoryParts:
 
 @dataclass(frozen=True)
 class Context:
-    """``batch_size``: images per forward pass outside training. ``save_interval``: seconds between saved train states.
-    ``max_memory``: bytes that the process should stay below, 0 for no limit; stages that can then take smaller batches.
+    """``batch_size``: images per forward pass while sampling, 0 for what fits. ``save_interval``: seconds between saved train
+    states. ``max_memory``: bytes that the process should stay below, 0 for no limit; stages that can then take smaller batches.
 
     A stage that can stop between two steps with its state saved works inside ``soft_stop()``, asks what it yields after
     each step, and raises KeyboardInterrupt when told so. Outside of it an interrupt comes at once.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    batch_size: int = 100
+    batch_size: int = 0
     max_memory: int = 0
     progress: Progress = silent_progress
     parts: Parts = field(default_factory=MemoryParts)

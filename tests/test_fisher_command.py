@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fqdiff.cli.fisher import parse_shard
+from fqdiff.cli.shards import parse_shard
 from fqdiff.configs import FisherConfig
 from fqdiff.errors import ConfigError
 from fqdiff.fisher import memory

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fqdiff.cli.fisher import parse_shard
+from fqdiff.cli.shards import parse_shard
 from fqdiff.configs import FisherConfig
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.errors import ArtifactCorrupt, ArtifactNotFound

@@ -9,7 +9,7 @@ ROOT = Path(fqdiff.__file__).parent
 LAYERS = [
     {"errors"},
     {"groups"},
-    {"rng", "digests", "configs"},
+    {"rng", "digests", "configs", "memory"},
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},

@@ -7,7 +7,7 @@ import typer
 from fqdiff.cli.compare_text import comparison_text
 from fqdiff.cli.fid import FEATURES_HELP, InceptionOption, ancestor, choose_features
 from fqdiff.cli.quantize import planned_step
-from fqdiff.cli.sample import sample_settings
+from fqdiff.cli.sample import SAMPLER_HELP, sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
 from fqdiff.configs import CompareConfig, SampleConfig, config_from_data
@@ -38,7 +38,7 @@ def compare(
         int | None, typer.Option(min=10, help="Images of each set.", show_default="as many as all sets have")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(help="ddim or ddpm, for models.", show_default=f"{SampleConfig.sampler}")
+        str | None, typer.Option(help=f"{SAMPLER_HELP}, for models.", show_default=f"{SampleConfig.sampler}")
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Inference steps, for models.", show_default="50; for ddpm all timesteps")

@@ -7,12 +7,12 @@ import typer
 
 from fqdiff.cli.groups import DefaultCommand
 from fqdiff.cli.session import Session, common, only_input
+from fqdiff.cli.shards import make_shard, parse_shard
 from fqdiff.cli.show import artifact_data, byte_count, mebibytes, table
 from fqdiff.configs import FisherConfig
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import FisherTable
 
@@ -169,7 +169,7 @@ def measure(
         limit = byte_count("--max-memory", max_memory)
         session.runner.context = replace(session.runner.context, max_memory=limit)
     if shard is not None:
-        measure_shard(session, step, parse_shard(shard))
+        make_shard(session, step, parse_shard(shard), ("measure", "measured"), f"fqdiff fisher merge {step.id}")
         return
     show_fisher(session, session.make(step))
 
@@ -189,32 +189,6 @@ def check_disk(session: Session, source: "Manifest", config: FisherConfig, limit
             f"single weights take about {size / 2**20:.0f} MiB, more than --max-disk {limit / 2**20:.0f} MiB",
             f"use --bins {max(1, bins * limit // size)} or fewer, --granularity channel, or raise --max-disk",
         )
-
-
-def measure_shard(session: Session, step: "Step", shard: tuple[int, int]) -> None:
-    """One share of the work; what it leaves are parts, no artifact."""
-    if session.name is not None:
-        raise ConfigError("a shard is no artifact and takes no --name", "give the name to fqdiff fisher merge")
-    data = {"kind": step.kind, "id": step.id, "shard": shard[0], "of": shard[1], "done": not session.dry_run}
-    if not session.dry_run:
-        session.runner.run_shard(step, shard)
-    word = "would measure" if session.dry_run else "measured"
-    session.result(
-        data,
-        lambda: (
-            f"{word} shard {shard[0]} of {shard[1]} of fisher {step.id}\nwhen all are there: fqdiff fisher merge {step.id}"
-        ),
-    )
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """``2/8`` -> (2, 8). Raises ConfigError."""
-    number, _, count = text.partition("/")
-    if not (number.isascii() and number.isdigit() and count.isascii() and count.isdigit()):
-        raise ConfigError(f"cannot read the shard '{text}'", "k/N, such as 1/4 for the first of four")
-    if not 1 <= int(number) <= int(count):
-        raise ConfigError(f"there is no shard {number} of {count}", f"use 1/{count} to {count}/{count}")
-    return int(number), int(count)
 
 
 def show_fisher(session: Session, manifest: "Manifest | None") -> None:

@@ -5,6 +5,7 @@ Each yields ``(t, x)`` after every step, so that the caller owns progress, recor
 shaped like x (the caller owns the per-image generators).
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -95,3 +96,33 @@ def ddim(
         if std > 0 and not last:
             x = x + std * draw_noise()
         yield t, x
+
+
+def dpm_solver_plus_plus(
+    predict_noise: PredictNoise, x: Tensor, schedule: NoiseSchedule, num_inference_steps: int, clip: bool = True
+) -> Iterator[tuple[int, Tensor]]:
+    """DPM-Solver++ (2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): second order with one prediction per step.
+
+    lambda = log(alpha / sigma), alpha = sqrt(abar), sigma = sqrt(1 - abar). The first step is of first order, for there is no
+    image before it; so is the last, whose h is infinite: it ends at the image predicted. Deterministic: no step noise.
+    """
+    before: tuple[float, Tensor] | None = None  # lambda and image of the step before
+    for t, abar, abar_next, last in sampling_steps(schedule, num_inference_steps):
+        eps = predict_noise(x, torch.full((len(x),), t, device=x.device))
+        image = predict_image(x, eps, abar, clip)
+        if last:
+            x = image
+        else:
+            here = half_log_snr(abar)
+            h = half_log_snr(abar_next) - here
+            ahead = image  # D_i of the algorithm: the image extrapolated to the middle of the step
+            if before is not None:
+                ahead = image + h / (2 * (here - before[0])) * (image - before[1])
+            x = ((1 - abar_next) / (1 - abar)) ** 0.5 * x - abar_next**0.5 * math.expm1(-h) * ahead
+            before = here, image
+        yield t, x
+
+
+def half_log_snr(alpha_cumprod: float) -> float:
+    """lambda = log(alpha / sigma) at one timestep."""
+    return 0.5 * (math.log(alpha_cumprod) - math.log1p(-alpha_cumprod))

@@ -1,49 +1,173 @@
-"""Images from a model. Image k depends on the model, the sampler and (seed, k): not on batch size or other images."""
+"""Images from a model. Image k depends on the model, the sampler and (seed, k): not on batch size or other images.
+
+The work is cut into units of consecutive images. Each is kept as a part when it is done, so that a killed run continues, and
+several processes or machines can share the units: the images come out the same.
+
+Shapes: N images of a set, B of one batch, C channels, H W pixels.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fqdiff.configs import SampleConfig
-from fqdiff.context import Context
-from fqdiff.diffusion.samplers import ddim, ddpm
-from fqdiff.errors import NumericalError
+from fqdiff.context import Bar, Context, Part, Parts, peak_memory
+from fqdiff.diffusion.samplers import DrawNoise, PredictNoise, ddim, ddpm, dpm_solver_plus_plus
+from fqdiff.diffusion.schedule import NoiseSchedule
+from fqdiff.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError, NumericalError
 from fqdiff.evidence.features import to_uint8
+from fqdiff.memory import peak_bytes
 from fqdiff.rng import generator
-from fqdiff.values import Model, SampleSet, predict_noise
+from fqdiff.values import Model, ModelSpec, SampleSet, predict_noise
+
+UNIT_IMAGES = 50
+LARGEST_BATCH = 100  # of what the stage chooses itself; a CPU gains nothing from more
+PROBE = 8  # images of a batch whose memory is measured
+HEADROOM = 2.0  # of allocators, and of what kernels take inside: a process grows by 1.55 times what tensors take
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Images ``members``, and the name of the part that holds them."""
+
+    name: str
+    members: range
 
 
 def sample(model: Model, config: SampleConfig, seed: int, context: Context) -> SampleSet:
     """``config.count`` images. The generator of (seed, "image", k) draws image k's first noise, then its step noise.
 
     Models sampled with the same seed and sampler thus share all their noise. Raises NumericalError where an image is not
-    finite.
+    finite, ConfigError where not even one fits into ``context.max_memory``.
     """
-    spec = model.spec
+    cut = units(config.count)
+    make_units(model, config, seed, context, cut)
+    return SampleSet(gather(model.spec, cut, context.parts), seed)
+
+
+def sample_shard(model: Model, config: SampleConfig, seed: int, context: Context, shard: tuple[int, int]) -> None:
+    """Make the units of shard k of N, counted from 1, and keep them as parts for :func:`sample`."""
+    number, count = shard
+    make_units(model, config, seed, context, units(config.count)[number - 1 :: count])
+
+
+def units(count: int) -> list[Unit]:
+    """The cut of the whole work, from the recipe alone."""
+    cut = [range(first, min(first + UNIT_IMAGES, count)) for first in range(0, count, UNIT_IMAGES)]
+    return [Unit(f"unit-{k:04}-of-{len(cut):04}", members) for k, members in enumerate(cut, start=1)]
+
+
+def make_units(model: Model, config: SampleConfig, seed: int, context: Context, mine: Sequence[Unit]) -> None:
+    """Make those of ``mine`` that are not there yet, in batches that may join units, and keep each as a part."""
+    missing = [unit for unit in mine if context.parts.load(unit.name) is None]
+    todo = [k for unit in missing for k in unit.members]
+    if not todo:
+        return
     network = model.network().to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    predict = predict_noise(model.spec, network)
+    done: dict[int, Tensor] = {}
+    # The bar counts what is still to do: units found would pass for a speed that was never reached.
+    with context.progress(len(todo) * config.steps, "sample", "image-step") as bar, torch.inference_mode():
+        # Every batch is filled up to the same size: another would mean other kernels, and other last bits.
+        size = min(context.batch_size or batch_that_fits(network, model.spec, config, context), config.count)
+        for start in range(0, len(todo), size):
+            ks = todo[start : start + size]
+            done |= zip(ks, make_images(predict, model.spec, config, seed, context, ks, size, bar), strict=True)
+            while missing and missing[0].members[-1] in done:
+                unit = missing.pop(0)
+                images = torch.stack([done.pop(k) for k in unit.members])
+                context.parts.save(unit.name, Part({"images": images}, {"members": list(unit.members)}))
+
+
+def make_images(
+    predict: PredictNoise,
+    spec: ModelSpec,
+    config: SampleConfig,
+    seed: int,
+    context: Context,
+    ks: Sequence[int],
+    size: int,
+    bar: Bar,
+) -> Tensor:
+    """Images ``ks``, uint8 [len(ks), C, H, W] on the CPU, made in one batch of ``size`` that is filled up with the first."""
+    generators = [generator(seed, "image", k) for k in ks]
+
+    def draw_noise() -> Tensor:
+        noise = torch.stack([torch.randn(spec.image_shape, generator=g) for g in generators])
+        padded = torch.cat([noise, noise[:1].expand(size - len(ks), *spec.image_shape)])
+        return padded.to(context.device, memory_format=torch.channels_last)
+
+    x = draw_noise()
+    for _, image in run_sampler(predict, x, spec.noise_schedule(), config, draw_noise):
+        x = image
+        bar.update(len(ks))
+    x = x[: len(ks)]
+    finite = torch.isfinite(x).flatten(1).all(dim=1)
+    if not finite.all():
+        raise NumericalError(f"image {ks[int(finite.int().argmin())]} holds NaN or infinity", "check the model's plan")
+    return to_uint8(x).cpu()
+
+
+def run_sampler(
+    predict: PredictNoise, x: Tensor, schedule: NoiseSchedule, config: SampleConfig, draw_noise: DrawNoise
+) -> Iterator[tuple[int, Tensor]]:
+    """``(t, x)`` after every step of the sampler that ``config`` names."""
+    if config.sampler == "ddpm":
+        return ddpm(predict, x, schedule, config.steps, draw_noise)
+    if config.sampler == "dpm++":
+        return dpm_solver_plus_plus(predict, x, schedule, config.steps)
+    return ddim(predict, x, schedule, config.steps, draw_noise, config.eta)
+
+
+def gather(spec: ModelSpec, cut: Sequence[Unit], parts: Parts) -> Tensor:
+    """The images of all units, uint8 [N, C, H, W]. Raises ArtifactNotFound for a missing one, ArtifactCorrupt for a wrong one."""
+    found = []
+    for unit in cut:
+        part = parts.load(unit.name)
+        if part is None:
+            raise ArtifactNotFound(f"{unit.name} of the samples is gone", "run the same command again")
+        images = part.tensors.get("images", torch.empty(0))
+        shape = (len(unit.members), *spec.image_shape)
+        if part.data.get("members") != list(unit.members) or images.shape != shape or images.dtype != torch.uint8:
+            raise ArtifactCorrupt(
+                f"{unit.name} of the samples holds other images than it should", "start over with --force"
+            )
+        found.append(images)
+    return torch.cat(found)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def batch_that_fits(network: nn.Module, spec: ModelSpec, config: SampleConfig, context: Context) -> int:
+    """LARGEST_BATCH, or as many images as keep the process below ``context.max_memory``.
+
+    On CUDA the limit is that of the tensors on the device. A batch of B takes the largest of a + b B over the
+    operations of a run, a >= 0, such as weights unpacked for a layer: for each image the less, the more there are. What n
+    images take, n <= B, thus bounds it. Raises ConfigError where not even one image fits.
+    """
+    if not context.max_memory:
+        return LARGEST_BATCH
+    batch_bytes(network, spec, config, context.device, 1)  # weights that are unpacked once are there from here on
+    one = batch_bytes(network, spec, config, context.device, 1)
+    held = torch.cuda.memory_allocated(context.device) if context.device.type == "cuda" else peak_memory()
+    free = context.max_memory - held
+    if free < one:
+        raise ConfigError(f"one image needs about {(held + one) / 2**20:.0f} MiB", "raise --max-memory")
+    few = min(PROBE, free // one)
+    return min(LARGEST_BATCH, few * free // batch_bytes(network, spec, config, context.device, few))
+
+
+def batch_bytes(network: nn.Module, spec: ModelSpec, config: SampleConfig, device: torch.device, batch: int) -> int:
+    """What sampling a batch takes beside the network, measured on the first steps."""
     predict, schedule = predict_noise(spec, network), spec.noise_schedule()
-    done = []
-    with context.progress(config.count * config.steps, "sample", "image-step") as bar, torch.inference_mode():
-        for ks in torch.arange(config.count).split(context.batch_size):
-            # The last batch is filled up: another batch size would mean other kernels, and other last bits.
-            fill = min(context.batch_size, config.count) - len(ks)
-            generators = [generator(seed, "image", int(k)) for k in ks]
+    few = replace(config, steps=min(3, config.steps))  # in its third step every sampler holds all that it ever does
 
-            def draw_noise(generators: list[torch.Generator] = generators, fill: int = fill) -> Tensor:
-                noise = torch.stack([torch.randn(spec.image_shape, generator=g) for g in generators])
-                padded = torch.cat([noise, noise[:1].expand(fill, *spec.image_shape)])
-                return padded.to(context.device, memory_format=torch.channels_last)
+    def run() -> None:
+        x = torch.zeros(batch, *spec.image_shape, device=device).to(memory_format=torch.channels_last)
+        for _ in run_sampler(predict, x, schedule, few, lambda: torch.zeros_like(x)):
+            pass
 
-            x = draw_noise()
-            if config.sampler == "ddim":
-                steps = ddim(predict, x, schedule, config.steps, draw_noise, config.eta)
-            else:
-                steps = ddpm(predict, x, schedule, config.steps, draw_noise)
-            for _, image in steps:
-                x = image
-                bar.update(len(ks))
-            if not torch.isfinite(x).all():
-                raise NumericalError(
-                    f"images {int(ks[0])}-{int(ks[-1])} hold NaN or infinity", "check the model's plan"
-                )
-            done.append(to_uint8(x[: len(ks)]).cpu())
-    return SampleSet(torch.cat(done), seed)
+    return int(HEADROOM * peak_bytes(run))
