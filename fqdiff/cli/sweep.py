@@ -22,6 +22,8 @@ from fqdiff.errors import ConfigError
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    import pyarrow as pa
+
     from fqdiff.errors import FqdiffError
     from fqdiff.sweep.cells import Cell, Row
     from fqdiff.sweep.cost import Rates
@@ -31,7 +33,7 @@ ENDINGS = (".parquet", ".csv")
 FOLDER = "sweeps"
 
 
-@common(*STORE_OPTIONS, "device", "verbose", "dry_run")
+@common(*STORE_OPTIONS, "device", "dry_run")
 def sweep(
     session: Session,
     file: Annotated[Path, typer.Argument(help="TOML file of plans, ways to quantize and seeds.", metavar="FILE")],
@@ -43,13 +45,15 @@ def sweep(
 ) -> None:
     """Make and compare every plan of a grid; what is there is reused, and a cell that fails stops no other."""
     from fqdiff.distributed import processes_launched
+    from fqdiff.sweep.table import make_table
 
     if processes_launched() > 1:
         raise ConfigError("a sweep starts its own processes", "use --jobs instead of torchrun")
     if output is not None and output.suffix not in ENDINGS:
         raise ConfigError(f"cannot tell what to write into {output}", f"end it in {' or '.join(ENDINGS)}")
-    if output is not None and output.exists():
-        raise ConfigError(f"{output} exists", "choose another --output")
+    if output is not None and (output.exists() or not output.parent.is_dir()):
+        problem = f"{output} exists" if output.exists() else f"there is no folder {output.parent}"
+        raise ConfigError(problem, "choose another --output")
     settings = read_sweep(file)
     cells = make_cells(session, settings, inception_weights)
     if session.dry_run:
@@ -62,14 +66,14 @@ def sweep(
     for row in made:
         rows.append(row)
         session.note(f"[{len(rows)}/{len(cells)}] {cells[row['cell'] - 1].label}: {outcome(row)}")
-    rows.sort(key=lambda row: int(row["cell"]))
-    paths = save_table(session, settings.name, cells, rows)
+    made_table = make_table(rows, settings.name)
+    paths = save_table(session, settings.name, cells, made_table)
     if output is not None:
         copy_out(paths[output.suffix], output)
     failed = [row for row in rows if row["error"] is not None]
     data = {
         "sweep": settings.name,
-        "cells": rows,
+        "cells": made_table.to_pylist(),
         "failed": len(failed),
         "parquet": str(paths[".parquet"]),
         "csv": str(paths[".csv"]),
@@ -100,8 +104,7 @@ def run_apart(
     from fqdiff.sweep.processes import Died, run_in_processes
 
     threads = max(1, torch.get_num_threads() // jobs)
-    shared = (session.store_path, session.device_name, session.verbose)
-    arguments = (shared, pinned(file, cells[0]), inception_weights, threads)
+    arguments = (session.store_path, session.device_name, pinned(file, cells[0]), inception_weights, threads)
     numbers = [cell.number for cell in cells]
     with session.progress(len(cells), "sweep", "cell") as bar:
         for number, result in run_in_processes(numbers, jobs, work, arguments):
@@ -126,19 +129,14 @@ def pinned(file: SweepFile, cell: "Cell") -> SweepFile:
 
 
 def work(
-    connection: "Connection",
-    shared: tuple[Path, str, bool],
-    file: SweepFile,
-    inception_weights: Path | None,
-    threads: int,
+    connection: "Connection", store: Path, device: str, file: SweepFile, inception_weights: Path | None, threads: int
 ) -> None:
     """A process's life: numbers of cells come in, rows go out. SIGTERM stops it as Ctrl-C would, with everything saved."""
     import torch
 
     from fqdiff.sweep.cells import run_cell
 
-    store, device, verbose = shared
-    session = Session(store, device, quiet=True, verbose=verbose)
+    session = Session(store, device, quiet=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, session.interrupt)
     torch.set_num_threads(threads)
@@ -158,14 +156,13 @@ def outcome(row: "Row") -> str:
     return f"{row['bits_per_weight']:.2f} bits/weight, image MSE {row['image_mse']:.2e}, FID {row['fid']:.2f}"
 
 
-def save_table(session: Session, name: str, cells: "list[Cell]", rows: "list[Row]") -> dict[str, Path]:
+def save_table(session: Session, name: str, cells: "list[Cell]", made: "pa.Table") -> dict[str, Path]:
     """Parquet and CSV in the store, by ending. The same cells have the same file names, whatever they came to."""
     from fqdiff.store.files import disk_error, write_atomically
-    from fqdiff.sweep.table import comma_separated, make_table, parquet
+    from fqdiff.sweep.table import comma_separated, parquet
 
     recipe = [[cell.plan_label, cell.quantize_label, cell.seed, cell.artifacts["comparison"].id] for cell in cells]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-    made = make_table(rows, name)
     contents = {".parquet": parquet(made), ".csv": comma_separated(made)}
     paths = {
         ending: session.store.inside(FOLDER, f"{slug(name)[:80] or 'sweep'}-{digest}{ending}") for ending in contents
