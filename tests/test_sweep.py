@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fqdiff.store.store import Store
 from fqdiff.sweep.cost import estimated_seconds, measured_rates, work
 from fqdiff.sweep.grid import expand
 from fqdiff.sweep.processes import Died, run_in_processes
+from tests.dying_worker import fail_at_two
 from tests.test_cli import call, good
 
 SWEEPS = Path(__file__).parent.parent / "examples" / "sweeps"
@@ -269,30 +269,16 @@ def test_an_error_that_nobody_foresaw_is_its_cells_alone(
     assert "1 of 2 cells done" in result.stdout
 
 
-def test_two_jobs_make_the_same_table_as_one(swept: tuple[Path, dict[str, Any]], store: Path, tmp_path: Path) -> None:
-    """Numbers, order and ids; all three cells want the same samples of full precision at the same time."""
-    done: dict[str, Any] = good(store, "sweep", written(tmp_path, SMALL), "--jobs", "2")
-    assert Path(done["csv"]).name == Path(swept[1]["csv"]).name
-    assert Path(done["csv"]).read_bytes() == Path(swept[1]["csv"]).read_bytes()
-    assert ids(store) == ids(swept[0])
-
-
-def fail_at_two(connection: Connection, word: str) -> None:
-    while (number := connection.recv()) is not None:
-        if number == 2:
-            os._exit(3)
-        connection.send((word, number))
-
-
 def test_a_process_that_dies_takes_only_its_own_job_with_it() -> None:
     found = dict(run_in_processes([1, 2, 3, 4], 2, fail_at_two, ("ok",)))
     assert found == {1: ("ok", 1), 2: Died(3), 3: ("ok", 3), 4: ("ok", 4)}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_an_interrupted_sweep_continues(
+def test_an_interrupted_sweep_continues_to_the_same_table(
     jobs: int, swept: tuple[Path, dict[str, Any]], store: Path, tmp_path: Path
 ) -> None:
+    """That of one job, with the same ids: all cells want the same samples of full precision at the same time."""
     file = written(tmp_path, SMALL)
     command = [sys.executable, "-m", "fqdiff", "sweep", file, "--store", str(store), "--jobs", str(jobs)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -303,7 +289,7 @@ def test_an_interrupted_sweep_continues(
         assert read, seen
         seen += read
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=120) == 130
     seen += process.stderr.read()
     assert "Traceback" not in seen
     assert seen.splitlines()[-1] == "interrupted; the same command continues where it stopped"
@@ -311,8 +297,9 @@ def test_an_interrupted_sweep_continues(
     assert all(state.startswith("Z") for state in left)  # ended, if not yet buried
     assert not (store / "sweeps").exists()
     before = ids(store)
-    done: dict[str, Any] = good(store, "sweep", file)
-    assert before < ids(store)
+    done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
+    assert before < ids(store) == ids(swept[0])
+    assert Path(done["csv"]).name == Path(swept[1]["csv"]).name
     assert Path(done["csv"]).read_bytes() == Path(swept[1]["csv"]).read_bytes()
 
 
