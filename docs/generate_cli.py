@@ -28,6 +28,7 @@ COMMANDS = [
     ["plot", "compare"],
     ["plot", "activations"],
     ["run"],
+    ["sweep"],
     ["store"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),
 ]

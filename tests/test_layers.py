@@ -19,6 +19,7 @@ LAYERS = [
     {"store"},
     {"pipeline"},
     {"chains"},
+    {"sweep"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

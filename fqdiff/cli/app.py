@@ -24,6 +24,7 @@ from fqdiff.cli import (
     sample,
     size,
     store,
+    sweep,
     train,
 )
 from fqdiff.cli.groups import InOrder
@@ -59,6 +60,7 @@ app.command("compare", rich_help_panel=PIPELINE, epilog=compare.EXAMPLE)(compare
 plot.app.command("activations", epilog=plot_activations.EXAMPLE)(plot_activations.activations)
 app.add_typer(plot.app, name="plot", rich_help_panel=HOUSE)
 app.command("run", rich_help_panel=HOUSE, epilog="Example: fqdiff run demo")(run.run)
+app.command("sweep", rich_help_panel=HOUSE, epilog=sweep.EXAMPLE)(sweep.sweep)
 app.add_typer(store.app, name="store", rich_help_panel=HOUSE)
 
 

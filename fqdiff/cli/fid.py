@@ -113,7 +113,7 @@ def ancestor(session: Session, manifest: "Manifest", kind: str) -> "Manifest":
 
 
 def choose_features(
-    session: Session, asked: str | None, weights: Path | None, dataset: "Manifest"
+    session: Session, asked: str | None, weights: Path | None, dataset: "Manifest | Step"
 ) -> "Step | External":
     """The feature network asked for; without a choice Inception if its weights are at hand, else digits, and a note."""
     from fqdiff.pipeline import External, Step
@@ -134,7 +134,7 @@ def choose_features(
             raise ConfigError("without the Inception weights the result has no id yet", "give --inception-weights FILE")
         network = load_inception(weights)
         return External("inception", network.sha256[:16], network)
-    if session.runner.load(dataset).labels is None:
+    if not isinstance(dataset, Step) and session.runner.load(dataset).labels is None:
         raise DataError("the data set has no labels to train a digits classifier on", "use --features inception")
     return Step("classifier", {"dataset": dataset}, session.settings("classifier", ClassifierConfig, {}))
 

@@ -25,8 +25,6 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
 
     A target among the flags replaces that of the file; a grid of targets stands for its first.
     """
-    from fqdiff.planning.scores import default_score
-
     size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
     names = ("score", "timestep_weights", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
     others = ("predictor", "refine", "calibration_timesteps", "calibration_samples", "phases", "traffic_bpw")
@@ -41,8 +39,14 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
     if any(value is not None for value in targets.values()):
         chosen |= {name: getattr(PlanConfig, name) if v is None else v for name, v in targets.items()}
     kind = str(fisher.recipe.config.get("kind")) if fisher is not None else ""
-    defaults = {"score": default_score(kind), "granularity": ",".join(GRAINS), "scale": "float16"}
-    return session.settings("plan", PlanConfig, defaults, strategy="budget", **chosen)
+    return session.settings("plan", PlanConfig, budget_defaults(kind), strategy="budget", **chosen)
+
+
+def budget_defaults(fisher_kind: str) -> dict[str, object]:
+    """What a budget takes unless it is told otherwise, with a Fisher table of that kind; empty without one."""
+    from fqdiff.planning.scores import default_score
+
+    return {"score": default_score(fisher_kind), "granularity": ",".join(GRAINS), "scale": "float16"}
 
 
 def parse_grid(text: str) -> list[float]:

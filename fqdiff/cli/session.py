@@ -188,31 +188,16 @@ class Session:
         """The TOML file, one table per stage; empty without one."""
         if self.config_path is None:
             return {}
-        try:
-            data = tomllib.loads(self.config_path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{self.config_path} cannot be read: {error}", "a TOML file with one table per stage"
-            ) from None
+        data = read_toml(self.config_path, "a TOML file with one table per stage")
         for name, table in data.items():
             if name not in STAGE_TABLES or not isinstance(table, dict):
                 raise ConfigError(f"'{name}' in {self.config_path} is no stage", f"tables: {', '.join(STAGE_TABLES)}")
         return data
 
     def _from_file(self, table: str, kind: type[Config]) -> dict[str, object]:
-        known = {f.name: getattr(kind, f.name, None) for f in fields(kind)}  # type: ignore[arg-type]
-        hints = get_type_hints(kind)
-        values: dict[str, object] = {}
-        for key, value in self.tables().get(table, {}).items():
-            if key in OUTSIDE_CONFIG.get(table, ()):
-                continue
-            if key not in known or key == "architecture":
-                listed = ", ".join(k for k in known if k != "architecture")
-                raise ConfigError(f"unknown setting '{key}' in [{table}] of {self.config_path}", f"known: {listed}")
-            # An empty tuple does not tell what it could hold; its type does.
-            example = (get_args(hints[key])[0](),) if known[key] == () else known[key]
-            values[key] = _checked(f"{table}.{key}", value, example)
-        return values
+        outside = OUTSIDE_CONFIG.get(table, ())
+        given = {key: value for key, value in self.tables().get(table, {}).items() if key not in outside}
+        return checked_settings(kind, given, table, f"[{table}] of {self.config_path}")
 
     # --- progress and interruption ---------------------------------------------------------------------------------
 
@@ -260,6 +245,32 @@ STAGE_TABLES = (
     "train", "fisher", "validate", "plan", "calibrate", "quantize", "activations", "sample", "classifier", "fid", "compare",
 )  # fmt: skip
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
+
+
+def read_toml(path: Path, hint: str) -> dict[str, Any]:
+    """The content of a TOML file. Raises ConfigError with ``hint`` where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", hint) from None
+
+
+def checked_settings(kind: type[Any], given: Mapping[str, object], label: str, where: str) -> dict[str, object]:
+    """``given`` values of a TOML table as settings of ``kind``. Raises ConfigError for unknown names and for other types.
+
+    ``label`` is what messages call the table, ``where`` the table and its file.
+    """
+    known = {f.name: getattr(kind, f.name, None) for f in fields(kind)}
+    hints = get_type_hints(kind)
+    values: dict[str, object] = {}
+    for key, value in given.items():
+        if key not in known or key == "architecture":
+            listed = ", ".join(k for k in known if k != "architecture")
+            raise ConfigError(f"unknown setting '{key}' in {where}", f"known: {listed}")
+        # An empty tuple does not tell what it could hold; its type does.
+        example = (get_args(hints[key])[0](),) if known[key] == () else known[key]
+        values[key] = _checked(f"{label}.{key}", value, example)
+    return values
 
 
 def _checked(name: str, value: object, default: object) -> object:
