@@ -45,6 +45,7 @@ RESAMPLES = 1000
 GRAINS = "tensor,channel,group-near:64"
 INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2", "ternary")
 FREE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}
+TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", "codebook2", "ternary", "codebook1")
 # name -> (which table, settings of the plan, steps of distillation)
 STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "fisher, distilled": ("loss", {"score": "fisher", **FREE}, 1200),
@@ -64,6 +65,8 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "weight error": ("loss", {"score": "weight-mse", **FREE}, 0),
     "random": ("loss", {"score": "random", **FREE}, 0),
     "reverse": ("loss", {"score": "reverse", **FREE}, 0),
+    "fisher, with one bit": ("loss", {"score": "fisher", "formats": TINY, **FREE}, 0),
+    "fisher, with one bit, distilled": ("loss", {"score": "fisher", "formats": TINY, **FREE}, 1200),
     "uniform": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, 0),
 }
 

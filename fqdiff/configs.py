@@ -149,7 +149,6 @@ FITTED = (
     "codebook4",
     "codebook3",
     "codebook2",
-    "codebook1",
 )  # worth it where they are fitted to single weights' Fisher values
 
 
