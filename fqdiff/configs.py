@@ -616,6 +616,16 @@ SAMPLERS = ("ddim", "ddpm", "dpm++")
 
 
 @dataclass(frozen=True)
+class NoiseCorrectionConfig:
+    """In how many ``intervals`` of timesteps the error of what a quantized network predicts is measured, and made up for."""
+
+    intervals: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.intervals >= 1, f"noise intervals is {self.intervals}", "use 1 or more, e.g. 10")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """Which sampler makes the images, in how many steps, and how many images."""
 

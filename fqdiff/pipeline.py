@@ -92,6 +92,9 @@ STAGES: Mapping[str, Stage] = {
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
     ),
+    "noise-correction": Stage(
+        "quantized", "fqdiff.stages.noise_correction:correct_noise", ("checkpoint", "model", "calibration")
+    ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",), shard="fqdiff.stages.sample:sample_shard"),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
     "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),

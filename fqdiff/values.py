@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fqdiff.diffusion.samplers import PredictNoise
+from fqdiff.diffusion.samplers import ErrorStd, PredictNoise
 from fqdiff.diffusion.schedule import PREDICTIONS, NoiseSchedule, make_schedule, noise_from_velocity
 from fqdiff.digests import tensor_digest
 from fqdiff.errors import ArtifactCorrupt, LineageError, require
@@ -22,6 +22,7 @@ from fqdiff.quant.container import Description
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
 from fqdiff.quant.formats import PerElement, PerTensor, get_format, parse_granularity
 from fqdiff.quant.modules import hold_packed
+from fqdiff.quant.noise_correction import NoiseCorrection, add_noise_correction
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
 from fqdiff.quant.phases import phase_count, use_phases
 from fqdiff.quant.ranges import FISHER
@@ -147,13 +148,15 @@ class QuantizedCheckpoint:
     """A model whose every parameter is stored as its plan says; there is no other copy of the weights.
 
     ``timestep_bias`` float16 [K, O], keyed by layer: what its output gets added in each of K intervals of timesteps.
-    ``activations``, keyed by site: how they are quantized; none where they are in full precision.
+    ``activations``, keyed by site: how they are quantized; none where they are in full precision. ``noise_correction``: what
+    is done to the network's output, and what samplers are to know of it.
     """
 
     spec: ModelSpec
     packed: Mapping[str, PackedTensor]
     timestep_bias: Tensors = field(default_factory=dict)
     activations: Mapping[str, Activation] = field(default_factory=dict)
+    noise_correction: NoiseCorrection | None = None
 
     @property
     def described(self) -> dict[str, Description]:
@@ -189,10 +192,28 @@ class QuantizedCheckpoint:
         total = self.spec.noise_schedule().num_train_timesteps
         add_timestep_bias(network, self.timestep_bias, total)
         add_activation_quantizers(network, self.activations, total, skip_boundaries(network))
+        add_noise_correction(network, self.noise_correction, total)
         return network
 
 
 Model = Checkpoint | QuantizedCheckpoint
+
+
+def error_std(model: Model) -> ErrorStd:
+    """Standard deviation, by timestep, of the random error of the noise that ``model`` predicts; 0 unless it was measured.
+
+    An error e of a velocity is one of sqrt(alphas_cumprod[t]) e of the noise.
+    """
+    correction = model.noise_correction if isinstance(model, QuantizedCheckpoint) else None
+    if correction is None:
+        return lambda t: 0.0
+    schedule, velocity = model.spec.noise_schedule(), model.spec.prediction == "v"
+
+    def of_noise(t: int) -> float:
+        scale = float(schedule.alphas_cumprod[t]) ** 0.5 if velocity else 1.0
+        return scale * correction.error_std(t, schedule.num_train_timesteps)
+
+    return of_noise
 
 
 @dataclass(frozen=True)

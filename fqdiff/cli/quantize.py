@@ -8,7 +8,14 @@ import typer
 from fqdiff.cli.output import copy_out
 from fqdiff.cli.session import Session, common, of_checkpoint, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
-from fqdiff.configs import ACTIVATION_FORMATS, ACTIVATION_RANGES, SOFTMAXES, ActivationConfig, QuantizeConfig
+from fqdiff.configs import (
+    ACTIVATION_FORMATS,
+    ACTIVATION_RANGES,
+    SOFTMAXES,
+    ActivationConfig,
+    NoiseCorrectionConfig,
+    QuantizeConfig,
+)
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +25,8 @@ if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
 
 ACTIVATIONS = "Activations"
+PREDICTION = "What the network predicts"
+CORRECTION = "noise-correction"  # stage, and table of the settings file
 
 
 @common()
@@ -83,7 +92,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration set to take their ranges from.",
+            help="Calibration set for ranges of activations, and for --noise-correction.",
             show_default="the latest of the model",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
@@ -148,6 +157,23 @@ def quantize(
             rich_help_panel=ACTIVATIONS,
         ),
     ] = None,
+    noise_correction: Annotated[
+        bool,
+        typer.Option(
+            "--noise-correction",
+            help="Measure slope, bias and variance of the error of the prediction, and make up for them.",
+            rich_help_panel=PREDICTION,
+        ),
+    ] = False,
+    noise_intervals: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Intervals of timesteps with a correction of their own.",
+            show_default=f"{NoiseCorrectionConfig.intervals}",
+            rich_help_panel=PREDICTION,
+        ),
+    ] = None,
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
@@ -173,13 +199,16 @@ def quantize(
         distill_batch=distill_batch,
         distill_rate=distill_rate,
     )
-    manifest = session.make(activations_step(session, chosen, weights, calibration, of_activations))
+    corrected = noise_correction or CORRECTION in session.tables()
+    rounded = activations_step(session, chosen, weights, calibration, of_activations, corrected)
+    manifest = session.make(
+        correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
+    )
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
     file = manifest.file("model.safetensors")
-    base = only_input(session, manifest, "model") if manifest.input("model") is not None else manifest
-    of_weights = base.file("model.safetensors").bytes
+    added = added_bytes(session, manifest, promised)
     path = session.store.directory(manifest.kind, manifest.id) / file.name
     if output is not None:
         session.store.verify(manifest)
@@ -189,17 +218,34 @@ def quantize(
         "file": str(path),
         "file_bytes": file.bytes,
         "promised_bytes": promised,
-        "timestep_bias_bytes": of_weights - promised,
-        "activation_bytes": file.bytes - of_weights,
+        "timestep_bias_bytes": added["quantize"],
+        "activation_bytes": added["activations"],
+        "noise_correction_bytes": added[CORRECTION],
     }
 
     def text() -> str:
-        extra = {"biases by timestep": of_weights - promised, "activation scales": file.bytes - of_weights}
-        added = " and ".join(f"{count:,} of {what}" for what, count in extra.items() if count)
-        same = f"the plan's {promised:,} and {added}" if added else "as planned"
+        words = ("biases by timestep", "activation scales", "noise correction")
+        extra = [f"{count:,} of {what}" for what, count in zip(words, added.values(), strict=True) if count]
+        same = f"the plan's {promised:,} and {' and '.join(extra)}" if extra else "as planned"
         return f"quantized {manifest.id}: {mebibytes(file.bytes)}, {same}\n{output or path}"
 
     session.result(data, text)
+
+
+def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[str, int]:
+    """What the stages that made a quantized model added to the ``promised`` bytes of its plan's file, by stage."""
+    sizes: dict[str, int] = {}
+    made = manifest
+    while True:
+        sizes[made.recipe.stage] = made.file("model.safetensors").bytes
+        if made.input("model") is None:
+            break
+        made = only_input(session, made, "model")
+    added, before = {}, promised
+    for stage in ("quantize", "activations", CORRECTION):
+        after = sizes.get(stage, before)
+        added[stage], before = after - before, after
+    return added
 
 
 def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) -> "Step":
@@ -222,8 +268,9 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
 
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
-    """The step that carries out a plan with the settings of the file alone, those of its activations among them."""
-    return activations_step(session, plan_manifest, quantize_step(session, plan_manifest))
+    """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
+    rounded = activations_step(session, plan_manifest, quantize_step(session, plan_manifest))
+    return correction_step(session, plan_manifest, rounded, None, CORRECTION in session.tables())
 
 
 def activations_step(
@@ -232,17 +279,21 @@ def activations_step(
     weights: "Step",
     calibration: str | None = None,
     flags: "Mapping[str, object] | None" = None,
+    corrected: bool = False,
 ) -> "Step":
     """The step that quantizes the activations of what ``weights`` makes; ``weights`` itself where nothing asks for that.
 
-    Ranges come from ``calibration``, else from the latest set of the plan's checkpoint.
+    Ranges come from ``calibration``, else from the latest set of the plan's checkpoint. Where the prediction is to be
+    ``corrected`` as well, the set may be for that alone.
     """
     from fqdiff.pipeline import Step
 
     given = {name for name, value in (flags or {}).items() if value is not None}
     in_file = session.tables().get("activations", {})
     if not given & {"format"} and "format" not in in_file:
-        unused = sorted(given | ({"calibration"} if calibration is not None else set()) | set(in_file))
+        unused = sorted(
+            given | ({"calibration"} if calibration is not None and not corrected else set()) | set(in_file)
+        )
         if unused:
             raise ConfigError(f"{', '.join(unused)} of activations that stay float32", "add --activations int8")
         return weights
@@ -253,6 +304,27 @@ def activations_step(
     }
     if not config.dynamic:
         inputs["calibration"] = of_checkpoint(session, "calibration", inputs["checkpoint"].id, calibration)
-    elif calibration is not None:
+    elif calibration is not None and not corrected:
         raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")
     return Step("activations", inputs, config)
+
+
+def correction_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    model: "Step",
+    calibration: str | None,
+    corrected: bool,
+    **flags: object,
+) -> "Step":
+    """The step that corrects what the model of the step ``model`` predicts; ``model`` itself unless it is to be ``corrected``."""
+    from fqdiff.pipeline import Step
+
+    if not corrected:
+        if flags.get("intervals") is not None:
+            raise ConfigError("noise intervals of a prediction that stays as it is", "add --noise-correction")
+        return model
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
+    inputs: dict[str, Step | Manifest] = {"checkpoint": checkpoint, "model": model, "calibration": chosen}
+    return Step(CORRECTION, inputs, session.settings(CORRECTION, NoiseCorrectionConfig, {}, **flags))

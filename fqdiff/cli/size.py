@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
     from fqdiff.quant.activations import Activation
     from fqdiff.quant.container import Description
+    from fqdiff.quant.noise_correction import NoiseCorrection
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import Model
 
 Row = dict[str, str | int | float]
 TIMESTEP_BIAS = "timestep_bias"
 ACTIVATION_SCALES = "activation_scales"
-ADDED = (TIMESTEP_BIAS, ACTIVATION_SCALES)
+NOISE_CORRECTION = "noise_correction"
+ADDED = (TIMESTEP_BIAS, ACTIVATION_SCALES, NOISE_CORRECTION)
 RARE = (*ADDED, "kept_elements", "index")  # kinds that few models have any of
 
 
@@ -43,6 +45,7 @@ def size(
     blocks = parameter_blocks(build(model.spec.architecture, "meta"))
     by_tensor = tensor_rows(model.described, blocks, getattr(model, "timestep_bias", {}))
     by_tensor += activation_rows(getattr(model, "activations", {}))
+    by_tensor += correction_rows(getattr(model, "noise_correction", None))
     file_bytes = manifest.file("model.safetensors").bytes
     whole = total({"block": "file"}, by_tensor)
     kinds = {kind: int(whole[kind]) for kind in payload_kinds()} | {"header": file_bytes - int(whole["bytes"])}
@@ -102,6 +105,16 @@ def activation_rows(activations: "Mapping[str, Activation]") -> list[Row]:
         sizes: Row = {"weights": 0, **dict.fromkeys(payload_kinds(), 0), ACTIVATION_SCALES: count, "bytes": count}
         rows.append({**how, "granularity": activation.granularity, **sizes, "bits_per_weight": 0.0})
     return [row for row in rows if row["bytes"]]
+
+
+def correction_rows(correction: "NoiseCorrection | None") -> list[Row]:
+    """The tables of a noise correction, which are float32 and belong to the network's output."""
+    rows: list[Row] = []
+    for name, tensor in (correction.tensors if correction is not None else {}).items():
+        how: Row = {"tensor": name, "block": "head", "format": "float32", "granularity": "tensor"}
+        sizes: Row = {**dict.fromkeys(payload_kinds(), 0), NOISE_CORRECTION: tensor.nbytes, "bytes": tensor.nbytes}
+        rows.append({**how, "weights": 0, **sizes, "bits_per_weight": 0.0})
+    return rows
 
 
 def block_rows(rows: list[Row]) -> list[Row]:

@@ -3,6 +3,11 @@
 Each yields ``(t, x)`` after every step, so that the caller owns progress, recording and stopping.
 ``predict_noise(x, t)`` takes x [B, C, H, W] and t [B] and returns eps_pred; ``draw_noise()`` returns the next step noise,
 shaped like x (the caller owns the per-image generators).
+
+``error_std(t)`` is the standard deviation of a random error of eps_pred, independent from pixel to pixel, as quantization
+leaves it. A step carries it into x times the step's derivative by eps, where it does the work of step noise: so much less of that
+is drawn that both together have the variance which the sampler asks for (PTQD, He et al. 2023, arXiv:2305.10657). Where clipping
+changes x_0, less of the error gets there than is counted. A step without noise has nothing to absorb an error with.
 """
 
 import math
@@ -16,6 +21,19 @@ from fqdiff.errors import ConfigError
 
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
 DrawNoise = Callable[[], Tensor]
+ErrorStd = Callable[[int], float]
+
+
+def no_error(t: int) -> float:
+    """The error of a prediction that counts as exact."""
+    return 0.0
+
+
+def remaining_std(std: float, error: float) -> float:
+    """Standard deviation of the step noise to draw beside an independent ``error``, so that both together have ``std``, or
+    0 where the error alone has more.
+    """
+    return max(std**2 - error**2, 0.0) ** 0.5 if error else std
 
 
 def sampling_timesteps(num_train_timesteps: int, num_inference_steps: int) -> list[int]:
@@ -53,6 +71,7 @@ def ddpm(
     num_inference_steps: int,
     draw_noise: DrawNoise,
     clip: bool = True,
+    error_std: ErrorStd = no_error,
 ) -> Iterator[tuple[int, Tensor]]:
     """Ancestral sampling with the posterior variance (Ho et al. 2020, eq. 6 and 7; algorithm 2 with clipped x_0)."""
     for t, abar, abar_next, last in sampling_steps(schedule, num_inference_steps):
@@ -61,6 +80,8 @@ def ddpm(
         alpha = abar / abar_next
         mean = abar_next**0.5 * (1 - alpha) / (1 - abar) * image + alpha**0.5 * (1 - abar_next) / (1 - abar) * x
         std = ((1 - alpha) * (1 - abar_next) / (1 - abar)) ** 0.5
+        by_eps = (1 - alpha) / (alpha * (1 - abar)) ** 0.5
+        std = remaining_std(std, by_eps * error_std(t))
         x = mean if last else mean + std * draw_noise()
         yield t, x
 
@@ -87,6 +108,7 @@ def ddim(
     draw_noise: DrawNoise,
     eta: float = 0.0,
     clip: bool = True,
+    error_std: ErrorStd = no_error,
 ) -> Iterator[tuple[int, Tensor]]:
     """DDIM (Song et al. 2021, eq. 12 and 16). eta = 0 is deterministic; eta = 1 is DDPM."""
     for t, abar, abar_next, last in sampling_steps(schedule, num_inference_steps):
@@ -94,7 +116,8 @@ def ddim(
         std = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5
         x = ddim_update(x, eps, abar, abar_next, std, clip)
         if std > 0 and not last:
-            x = x + std * draw_noise()
+            by_eps = (1 - abar_next - std**2) ** 0.5 - (abar_next * (1 - abar) / abar) ** 0.5
+            x = x + remaining_std(std, by_eps * error_std(t)) * draw_noise()
         yield t, x
 
 

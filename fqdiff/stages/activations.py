@@ -32,12 +32,14 @@ def quantize_activations(
 
     The weights are the quantized ones, as in Q-Diffusion: ranges are those that sampling will meet, but for the errors of
     the activations themselves. Nothing is random. Raises LineageError where the calibration set is missing or of another
-    model than ``checkpoint``, or the activations are quantized already; ConfigError where an interval of timesteps holds no
-    input.
+    model than ``checkpoint``, the activations are quantized already, or a noise correction rests on them; ConfigError where an
+    interval of timesteps holds no input.
     """
     if model.activations:
         raise LineageError("the activations of this model are quantized already", "start from its plan")
     wanted = planned_activations(model.spec, config)
+    if model.noise_correction is not None:
+        raise LineageError("what this model predicts is corrected for activations as they are", "start from its plan")
     if config.dynamic:
         return replace(model, activations=wanted)
     if calibration is None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from fqdiff.configs import SampleConfig
 from fqdiff.context import Bar, Context, Part, Parts, peak_memory
-from fqdiff.diffusion.samplers import DrawNoise, PredictNoise, ddim, ddpm, dpm_solver_plus_plus
+from fqdiff.diffusion.samplers import DrawNoise, ErrorStd, PredictNoise, ddim, ddpm, dpm_solver_plus_plus, no_error
 from fqdiff.diffusion.schedule import NoiseSchedule
 from fqdiff.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError, NumericalError
 from fqdiff.evidence.features import to_uint8
 from fqdiff.memory import peak_bytes
 from fqdiff.rng import generator
-from fqdiff.values import Model, ModelSpec, SampleSet, predict_noise
+from fqdiff.values import Model, ModelSpec, SampleSet, error_std, predict_noise
 
 UNIT_IMAGES = 50
 LARGEST_BATCH = 100  # of what the stage chooses itself; a CPU gains nothing from more
@@ -39,7 +39,8 @@ class Unit:
 def sample(model: Model, config: SampleConfig, seed: int, context: Context) -> SampleSet:
     """``config.count`` images. The generator of (seed, "image", k) draws image k's first noise, then its step noise.
 
-    Models sampled with the same seed and sampler thus share all their noise. Raises NumericalError where an image is not
+    Models sampled with the same seed and sampler thus share all their noise; one with a noise correction gets less of the step
+    noise, as much as the random part of its errors stands for. Raises NumericalError where an image is not
     finite, ConfigError where not even one fits into ``context.max_memory``.
     """
     cut = units(config.count)
@@ -66,7 +67,7 @@ def make_units(model: Model, config: SampleConfig, seed: int, context: Context, 
     if not todo:
         return
     network = model.network().to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    predict = predict_noise(model.spec, network)
+    predict, error = predict_noise(model.spec, network), error_std(model)
     done: dict[int, Tensor] = {}
     # The bar counts what is still to do: units found would pass for a speed that was never reached.
     with context.progress(len(todo) * config.steps, "sample", "image-step") as bar, torch.inference_mode():
@@ -74,7 +75,8 @@ def make_units(model: Model, config: SampleConfig, seed: int, context: Context, 
         size = min(context.batch_size or batch_that_fits(network, model.spec, config, context), config.count)
         for start in range(0, len(todo), size):
             ks = todo[start : start + size]
-            done |= zip(ks, make_images(predict, model.spec, config, seed, context, ks, size, bar), strict=True)
+            made = make_images(predict, model.spec, config, seed, context, ks, size, bar, error)
+            done |= zip(ks, made, strict=True)
             while missing and missing[0].members[-1] in done:
                 unit = missing.pop(0)
                 images = torch.stack([done.pop(k) for k in unit.members])
@@ -90,6 +92,7 @@ def make_images(
     ks: Sequence[int],
     size: int,
     bar: Bar,
+    error: ErrorStd = no_error,
 ) -> Tensor:
     """Images ``ks``, uint8 [len(ks), C, H, W] on the CPU, made in one batch of ``size`` that is filled up with the first."""
     generators = [generator(seed, "image", k) for k in ks]
@@ -100,7 +103,7 @@ def make_images(
         return padded.to(context.device, memory_format=torch.channels_last)
 
     x = draw_noise()
-    for _, image in run_sampler(predict, x, spec.noise_schedule(), config, draw_noise):
+    for _, image in run_sampler(predict, x, spec.noise_schedule(), config, draw_noise, error):
         x = image
         bar.update(len(ks))
     x = x[: len(ks)]
@@ -111,14 +114,19 @@ def make_images(
 
 
 def run_sampler(
-    predict: PredictNoise, x: Tensor, schedule: NoiseSchedule, config: SampleConfig, draw_noise: DrawNoise
+    predict: PredictNoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    config: SampleConfig,
+    draw_noise: DrawNoise,
+    error: ErrorStd = no_error,
 ) -> Iterator[tuple[int, Tensor]]:
     """``(t, x)`` after every step of the sampler that ``config`` names."""
     if config.sampler == "ddpm":
-        return ddpm(predict, x, schedule, config.steps, draw_noise)
+        return ddpm(predict, x, schedule, config.steps, draw_noise, error_std=error)
     if config.sampler == "dpm++":
         return dpm_solver_plus_plus(predict, x, schedule, config.steps)
-    return ddim(predict, x, schedule, config.steps, draw_noise, config.eta)
+    return ddim(predict, x, schedule, config.steps, draw_noise, config.eta, error_std=error)
 
 
 def gather(spec: ModelSpec, cut: Sequence[Unit], parts: Parts) -> Tensor:

@@ -19,6 +19,7 @@ from fqdiff.models.registry import build, skip_boundaries
 from fqdiff.quant.activations import SCALE, ZERO_POINT, Activation, check_activations, described_activations
 from fqdiff.quant.container import SCHEMA, metadata, part_name
 from fqdiff.quant.formats import MOST_PHASES, PerElement, PerTensor, get_format, parse_granularity, scales_of
+from fqdiff.quant.noise_correction import check_noise_correction, noise_correction_of
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, read_bytes, stored_bytes
 from fqdiff.quant.phases import phase_count
 from fqdiff.quant.timestep_bias import SUFFIX as TIMESTEP_BIAS
@@ -305,6 +306,7 @@ def write_model(value: QuantizedCheckpoint, path: Path) -> None:
     tensors = {part_name(name, part): t for name, p in value.packed.items() for part, t in p.parts.items()}
     tensors |= {layer + TIMESTEP_BIAS: table for layer, table in value.timestep_bias.items()}
     tensors |= {site + suffix: t for site, a in value.activations.items() for suffix, t in a.tensors.items()}
+    tensors |= value.noise_correction.tensors if value.noise_correction is not None else {}
     write_tensors(path, tensors, quantized_metadata(value))
 
 
@@ -322,6 +324,9 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
             name.removesuffix(TIMESTEP_BIAS): tensors.pop(name) for name in [*tensors] if name.endswith(TIMESTEP_BIAS)
         }
         activations = _activations(items(meta.get("activations", [])), tensors)
+        correction = noise_correction_of(tensors)
+        for name in correction.tensors if correction is not None else ():
+            tensors.pop(name)
         casts = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
         for name, tensor in tensors.items():
             if tensor.dtype not in casts or name in packed:
@@ -333,7 +338,9 @@ def read_model(path: Path, hint: str = MAKE_AGAIN) -> QuantizedCheckpoint:
         phase_count((p.format for p in packed.values()), total)
         check_tables(network, tables, total)
         check_activations(network, activations, total, skip_boundaries(network))
-        return QuantizedCheckpoint(spec, packed, tables, activations)
+        if correction is not None:
+            check_noise_correction(network, correction, total)
+        return QuantizedCheckpoint(spec, packed, tables, activations, correction)
 
 
 def _activations(described: list[Any], tensors: dict[str, Tensor]) -> dict[str, Activation]:

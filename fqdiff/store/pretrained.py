@@ -77,6 +77,8 @@ def _read_casts(path: Path, hint: str) -> QuantizedCheckpoint:
             raise ValueError("it has biases by timestep; plans start from a model without")
         if model.activations:
             raise ValueError("its activations are quantized; plans start from a model whose are not")
+        if model.noise_correction is not None:
+            raise ValueError("what it predicts is corrected; plans start from a model without")
         for name, packed in model.packed.items():
             if packed.parts.keys() != {"data"}:
                 mixed = " with kept elements" if "kept" in packed.parts else ""
