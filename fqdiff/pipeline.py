@@ -88,6 +88,9 @@ STAGES: Mapping[str, Stage] = {
     "quantize": Stage(
         "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")
     ),
+    "quantize-reparameterized": Stage(
+        "quantized", "fqdiff.stages.quantize:quantize_reparameterized", ("checkpoint", "plan", "calibration")
+    ),
     "calibrate": Stage("calibration", "fqdiff.stages.calibrate:calibrate", ("checkpoint", "fisher", "dataset")),
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")

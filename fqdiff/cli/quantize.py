@@ -92,7 +92,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration set for ranges of activations, and for --noise-correction.",
+            help="Calibration set for ranges of activations, --reparameterize, --noise-correction.",
             show_default="the latest of the model",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
@@ -157,6 +157,14 @@ def quantize(
             rich_help_panel=ACTIVATIONS,
         ),
     ] = None,
+    reparameterize: Annotated[
+        bool,
+        typer.Option(
+            "--reparameterize",
+            help="Give what norms put out one range for all channels, by their affines and the next layers' weights.",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = False,
     noise_correction: Annotated[
         bool,
         typer.Option(
@@ -200,7 +208,9 @@ def quantize(
         distill_rate=distill_rate,
     )
     corrected = noise_correction or CORRECTION in session.tables()
-    rounded = activations_step(session, chosen, weights, calibration, of_activations, corrected)
+    if reparameterize:
+        weights = reparameterized_step(session, chosen, weights, calibration)
+    rounded = activations_step(session, chosen, weights, calibration, of_activations, corrected or reparameterize)
     manifest = session.make(
         correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
     )
@@ -236,11 +246,10 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
     """What the stages that made a quantized model added to the ``promised`` bytes of its plan's file, by stage."""
     sizes: dict[str, int] = {}
     made = manifest
-    while True:
+    while made.input("model") is not None:
         sizes[made.recipe.stage] = made.file("model.safetensors").bytes
-        if made.input("model") is None:
-            break
         made = only_input(session, made, "model")
+    sizes["quantize"] = made.file("model.safetensors").bytes
     added, before = {}, promised
     for stage in ("quantize", "activations", CORRECTION):
         after = sizes.get(stage, before)
@@ -279,21 +288,19 @@ def activations_step(
     weights: "Step",
     calibration: str | None = None,
     flags: "Mapping[str, object] | None" = None,
-    corrected: bool = False,
+    shared: bool = False,
 ) -> "Step":
     """The step that quantizes the activations of what ``weights`` makes; ``weights`` itself where nothing asks for that.
 
-    Ranges come from ``calibration``, else from the latest set of the plan's checkpoint. Where the prediction is to be
-    ``corrected`` as well, the set may be for that alone.
+    Ranges come from ``calibration``, else from the latest set of the plan's checkpoint. ``shared``: another step is given that
+    set too, and it may be for that one alone.
     """
     from fqdiff.pipeline import Step
 
     given = {name for name, value in (flags or {}).items() if value is not None}
     in_file = session.tables().get("activations", {})
     if not given & {"format"} and "format" not in in_file:
-        unused = sorted(
-            given | ({"calibration"} if calibration is not None and not corrected else set()) | set(in_file)
-        )
+        unused = sorted(given | ({"calibration"} if calibration is not None and not shared else set()) | set(in_file))
         if unused:
             raise ConfigError(f"{', '.join(unused)} of activations that stay float32", "add --activations int8")
         return weights
@@ -304,9 +311,26 @@ def activations_step(
     }
     if not config.dynamic:
         inputs["calibration"] = of_checkpoint(session, "calibration", inputs["checkpoint"].id, calibration)
-    elif calibration is not None and not corrected:
+    elif calibration is not None and not shared:
         raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")
     return Step("activations", inputs, config)
+
+
+def reparameterized_step(
+    session: Session, plan_manifest: "Manifest", weights: "Step", calibration: str | None
+) -> "Step":
+    """The step that does what ``weights`` does, with a network that has one range for all channels behind every norm."""
+    from fqdiff.pipeline import Step
+
+    if "fisher" in weights.inputs:
+        raise ConfigError(
+            "the plan has Fisher values of single weights, which reparameterization changes",
+            "make a plan without, or leave --reparameterize out",
+        )
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
+    inputs = {"checkpoint": checkpoint, "plan": plan_manifest, "calibration": chosen}
+    return Step("quantize-reparameterized", inputs, weights.config, weights.seed)
 
 
 def correction_step(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fqdiff.errors import ConfigError
-from fqdiff.models.unet import UNet, UNetConfig, block_of, concat_boundaries
+from fqdiff.models.unet import UNet, UNetConfig, block_of, concat_boundaries, normed_convolutions
 
 Architecture = Mapping[str, object]
 
@@ -64,6 +64,15 @@ def skip_boundaries(network: nn.Module) -> dict[str, int]:
     """Layers that are given a skip connection joined to something else, and the channel at which the skip begins."""
     assert isinstance(network, UNet)
     return concat_boundaries(network.config)
+
+
+def normed_layers(network: nn.Module) -> list[tuple[str, str, str]]:
+    """(norm, function between, layer) for every layer that is given a norm's output, and nobody else is.
+
+    Attention is given tensors that no norm has seen.
+    """
+    assert isinstance(network, UNet)
+    return [(norm, network.config.activation, layer) for norm, layer in normed_convolutions(network)]
 
 
 def output_axes(network: nn.Module) -> dict[str, int]:

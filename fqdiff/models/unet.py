@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, L = H * W tokens, N attention heads, D 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -245,6 +245,14 @@ def concat_boundaries(config: UNetConfig) -> dict[str, int]:
     """
     c = config.channels
     return {"block5.res1.conv1": c[3] // 2, "block6.res1.conv1": c[4] // 2, "head.late": c[5] // 2}
+
+
+def normed_convolutions(network: UNet) -> Iterator[tuple[str, str]]:
+    """Names of every norm and of the convolution behind it; the network's activation stands between them."""
+    for name, module in network.named_modules():
+        if isinstance(module, ResBlock):
+            yield f"{name}.norm1", f"{name}.conv1"
+            yield f"{name}.norm2", f"{name}.conv2"
 
 
 def block_of(parameter_name: str) -> str:

@@ -6,14 +6,18 @@ from torch import Tensor
 
 from fqdiff.calibration.bias import correct_bias
 from fqdiff.calibration.distill import distill
+from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.reparameterize import reparameterized
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
+from fqdiff.models.registry import build, normed_layers
 from fqdiff.planning.scores import default_score, table_importance, with_gain
 from fqdiff.quant.elements import choose_kept
 from fqdiff.quant.formats import PerElement, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
-from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint
+from fqdiff.quant.reparameterize import NormedInput
+from fqdiff.values import CalibrationSet, Checkpoint, FisherTable, Plan, QuantizedCheckpoint
 
 
 def quantize_by_gain(
@@ -27,6 +31,36 @@ def quantize_by_gain(
 ) -> QuantizedCheckpoint:
     """:func:`quantize`; where the plan weighted timesteps by gain, ``trajectory`` is the table that it took the gains from."""
     return quantize(checkpoint, plan, with_gain(fisher, trajectory), config, seed, context)
+
+
+def quantize_reparameterized(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    calibration: CalibrationSet | None,
+    config: QuantizeConfig,
+    seed: int,
+    context: Context,
+) -> QuantizedCheckpoint:
+    """:func:`quantize` of a network that computes the same, but whose normed layers are given one range for all channels.
+
+    The ranges are taken from ``calibration``. Raises QuantizationError where the network's activation does not let factors
+    through, LineageError where the set is missing or of another model, ConfigError where the plan fits ranges to Fisher values,
+    which are those of the weights as they were.
+    """
+    if calibration is None:
+        raise LineageError("ranges by channel without a calibration set", "fqdiff calibrate")
+    calibration.check_model(checkpoint)
+    if plan.fits_fisher:
+        raise ConfigError(
+            "the plan fits ranges to Fisher values of weights, which reparameterization changes",
+            "plan with --range min-max or mse, or leave --reparameterize out",
+        )
+    inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
+    network = build(checkpoint.spec.architecture, "meta")
+    places = [NormedInput(norm, layer, between, padded=True) for norm, between, layer in normed_layers(network)]
+    with context.progress(len(inputs), "reparameterize", "input") as bar:
+        same = reparameterized(checkpoint, places, inputs, context.device, bar.update)
+    return quantize(same, plan, None, config, seed, context)
 
 
 def quantize(
