@@ -27,6 +27,7 @@ COMMANDS = [
     ["plot", "plan"],
     ["plot", "compare"],
     ["plot", "activations"],
+    ["methods"],
     ["run"],
     ["sweep"],
     ["store"],

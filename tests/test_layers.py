@@ -9,7 +9,7 @@ ROOT = Path(fqdiff.__file__).parent
 LAYERS = [
     {"errors"},
     {"groups"},
-    {"rng", "digests", "configs", "memory"},
+    {"rng", "digests", "configs", "memory", "methods"},
     {"diffusion"},
     {"models", "quant", "evidence"},
     {"values", "context", "distributed"},

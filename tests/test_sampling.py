@@ -55,9 +55,9 @@ def making(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     make_images = module.make_images
 
-    def spy(predict, spec, config, seed, context, ks, size, bar):  # type: ignore[no-untyped-def]
+    def spy(predict, spec, config, seed, context, ks, *rest):  # type: ignore[no-untyped-def]
         seen.append(list(ks))
-        return make_images(predict, spec, config, seed, context, ks, size, bar)
+        return make_images(predict, spec, config, seed, context, ks, *rest)
 
     monkeypatch.setattr(module, "make_images", spy)
     return seen

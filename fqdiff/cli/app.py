@@ -15,6 +15,7 @@ from fqdiff.cli import (
     fisher_top,
     fisher_validate,
     import_,
+    methods,
     plan,
     plan_show,
     plot,
@@ -59,6 +60,7 @@ app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --featu
 app.command("compare", rich_help_panel=PIPELINE, epilog=compare.EXAMPLE)(compare.compare)
 plot.app.command("activations", epilog=plot_activations.EXAMPLE)(plot_activations.activations)
 app.add_typer(plot.app, name="plot", rich_help_panel=HOUSE)
+app.command("methods", rich_help_panel=HOUSE, epilog=methods.EXAMPLE)(methods.methods)
 app.command("run", rich_help_panel=HOUSE, epilog="Example: fqdiff run demo")(run.run)
 app.command("sweep", rich_help_panel=HOUSE, epilog=sweep.EXAMPLE)(sweep.sweep)
 app.add_typer(store.app, name="store", rich_help_panel=HOUSE)

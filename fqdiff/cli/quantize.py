@@ -17,12 +17,14 @@ from fqdiff.configs import (
     QuantizeConfig,
 )
 from fqdiff.errors import ConfigError
+from fqdiff.methods import METHODS, Bundle, get_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
+    from fqdiff.values import Plan
 
 ACTIVATIONS = "Activations"
 PREDICTION = "What the network predicts"
@@ -36,6 +38,10 @@ def quantize(
         str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="[PLAN]")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also copy the safetensors file here.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="A published method's settings, under all others; see fqdiff methods.", show_default="none"),
+    ] = None,
     bias_correction: Annotated[
         str | None,
         typer.Option(
@@ -207,12 +213,20 @@ def quantize(
         distill_batch=distill_batch,
         distill_rate=distill_rate,
     )
-    corrected = noise_correction or CORRECTION in session.tables()
+    bundle = get_bundle(method) if method is not None else Bundle()
+    corrected = noise_correction or bundle.noise_correction or CORRECTION in session.tables()
+    reparameterize = reparameterize or bundle.reparameterize
     if reparameterize:
         weights = reparameterized_step(session, chosen, weights, calibration)
-    rounded = activations_step(session, chosen, weights, calibration, of_activations, corrected or reparameterize)
+    shared = corrected or reparameterize
+    rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
+    step = correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
+    facts: dict[str, object] = {}
+    if method is not None:
+        check_bundle(session, method, bundle, chosen, step)
+        facts = {"method": method, "bundle": bundle.flags(rounded is not weights)}
     manifest = session.make(
-        correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
+        step, facts, [f"{method} is {' '.join(bundle.flags(rounded is not weights))}"] if method else ()
     )
     if manifest is None:
         return
@@ -257,6 +271,34 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
     return added
 
 
+def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "Manifest", step: "Step") -> None:
+    """Raise ConfigError unless the plan and the calibration sets behind ``step`` are what ``method`` asks for."""
+    from fqdiff.pipeline import Step
+    from fqdiff.quant.formats import get_format
+    from fqdiff.store.manifest import Manifest
+
+    plan: Plan = session.runner.load(plan_manifest)
+    how = "; ".join(METHODS[method].made_by)
+    if bundle.strategy not in ("", plan.strategy):
+        raise ConfigError(f"{method} is a plan by {bundle.strategy}; this is one by {plan.strategy}", how)
+    integers = [e for e in plan.entries if get_format(e.format).is_integer]
+    for what, wanted, got in (
+        ("range", bundle.ranges, {e.range for e in integers}),
+        ("rounding", bundle.roundings, {e.rounding for e in integers}),
+    ):
+        if wanted and not got <= set(wanted):
+            raise ConfigError(
+                f"{method} has the {what} {', '.join(wanted)}; the plan has {', '.join(sorted(got))}", how
+            )
+    stage: object = step
+    while isinstance(stage, Step):
+        source = stage.inputs.get("calibration")
+        scheme = source.recipe.config.get("scheme") if isinstance(source, Manifest) else None
+        if source is not None and bundle.scheme not in ("", scheme):
+            raise ConfigError(f"{method} calibrates by {bundle.scheme}; {source.id} was recorded by {scheme}", how)
+        stage = stage.inputs.get("model")
+
+
 def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) -> "Step":
     """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file.
 
@@ -289,11 +331,12 @@ def activations_step(
     calibration: str | None = None,
     flags: "Mapping[str, object] | None" = None,
     shared: bool = False,
+    base: "Mapping[str, object] | None" = None,
 ) -> "Step":
     """The step that quantizes the activations of what ``weights`` makes; ``weights`` itself where nothing asks for that.
 
     Ranges come from ``calibration``, else from the latest set of the plan's checkpoint. ``shared``: another step is given that
-    set too, and it may be for that one alone.
+    set too, and it may be for that one alone. ``base``: settings that flags and file go over.
     """
     from fqdiff.pipeline import Step
 
@@ -304,7 +347,7 @@ def activations_step(
         if unused:
             raise ConfigError(f"{', '.join(unused)} of activations that stay float32", "add --activations int8")
         return weights
-    config = session.settings("activations", ActivationConfig, {}, **(flags or {}))
+    config = session.settings("activations", ActivationConfig, base or {}, **(flags or {}))
     inputs: dict[str, Step | Manifest] = {
         "checkpoint": only_input(session, plan_manifest, "checkpoint"),
         "model": weights,

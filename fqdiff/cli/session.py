@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -141,16 +141,19 @@ class Session:
         context = Context(device=self.device, progress=self.progress, soft_stop=self.soft_stop)
         return Runner(self.store, context, self.note, " ".join(["fqdiff", *sys.argv[1:]]), self.force)
 
-    def make(self, step: "Step", facts: Mapping[str, object] | None = None) -> "Manifest | None":
+    def make(
+        self, step: "Step", facts: Mapping[str, object] | None = None, lines: Sequence[str] = ()
+    ) -> "Manifest | None":
         """The artifact of ``step``, named if a name was asked for; with --dry-run what it would be is shown, and None.
 
-        ``facts`` join what --dry-run shows with --json.
+        ``facts`` join what --dry-run shows with --json, ``lines`` what it shows people.
         """
         if self.dry_run:
             exists = self.store.find(step.kind, step.id) is not None
             recipe = {"kind": step.kind, "id": step.id, "exists": exists, "config": dict(step.recipe.config)}
             data = {**recipe, **(facts or {})}
-            self.result(data, lambda: f"would make {step.kind} {step.id}" + (" (it is there)" if exists else ""))
+            there = " (it is there)" if exists else ""
+            self.result(data, lambda: "\n".join([f"would make {step.kind} {step.id}{there}", *lines]))
             return None
         manifest = self.runner.run(step)
         if self.name is not None:

@@ -1,0 +1,179 @@
+"""The published methods by name: what of each is here, which flags make it, and where it deliberately differs. Plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fqdiff.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What ``fqdiff quantize --method`` stands for: settings of the stages, under those given as flags or in a file.
+
+    ``activations``: fields of an ActivationConfig, where activations are quantized at all. The plan comes from before: its
+    ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to be among those listed, empty for any;
+    ``scheme``: that of the calibration set, empty for any.
+    """
+
+    activations: Mapping[str, object] = field(default_factory=dict)
+    reparameterize: bool = False
+    noise_correction: bool = False
+    strategy: str = ""
+    ranges: tuple[str, ...] = ()
+    roundings: tuple[str, ...] = ()
+    scheme: str = ""
+
+    def flags(self, activations: bool) -> tuple[str, ...]:
+        """The same as flags of ``fqdiff quantize``; those of activations only where these are quantized."""
+        found = []
+        for name, value in self.activations.items() if activations else ():
+            if name == "split_skips":
+                found.append("--split-skips" if value else "--joint-skips")
+            else:
+                found.append(f"--{name if name == 'softmax' else f'activation-{name}'} {value}")
+        found += ["--reparameterize"] if self.reparameterize else []
+        return (*found, *(["--noise-correction"] if self.noise_correction else []))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method. ``made_by``: the commands that make it; ``missing``: what of it is not there, empty for nothing.
+
+    ``bundle``: what ``--method`` stands for; None where too much is missing for the name to be fair.
+    """
+
+    name: str
+    title: str
+    paper: str
+    year: int
+    made_by: tuple[str, ...]
+    implemented: str
+    differs: str
+    missing: str = ""
+    bundle: Bundle | None = None
+
+
+METHODS: Mapping[str, Method] = {
+    m.name: m
+    for m in (
+        Method(
+            "linear",
+            "Linear quantization to the nearest, by the whole range",
+            "Jacob et al., CVPR 2018, arXiv:1712.05877",
+            2018,
+            ("fqdiff plan --uniform int4", "fqdiff quantize --method linear [--activations int8]"),
+            "scales by channel, min-max ranges of weights and activations, rounding to the nearest",
+            "nothing is trained: this is the baseline that the papers below call linear quantization",
+            bundle=Bundle({"range": "min-max", "split_skips": False}, ranges=("min-max",), roundings=("nearest",)),
+        ),
+        Method(
+            "squant",
+            "SQuant: on-the-fly data-free quantization via diagonal Hessian approximation",
+            "Guo et al., ICLR 2022, arXiv:2202.07471",
+            2022,
+            ("fqdiff plan --uniform int4 --rounding squant", "fqdiff quantize --method squant"),
+            "rounding by element, kernel and channel, from weights alone",
+            "a kernel of one weight has no sum of its own: 1x1 convolutions and linear layers are mended channel by channel "
+            "only; no code leaves its range, others make up for it. Activations, where asked for, are as in linear",
+            bundle=Bundle({"range": "min-max", "split_skips": False}, ranges=("min-max",), roundings=("squant",)),
+        ),
+        Method(
+            "ptq4dm",
+            "Post-training quantization on diffusion models",
+            "Shang et al., CVPR 2023, arXiv:2211.15736",
+            2023,
+            (
+                "fqdiff plan --uniform int8 --range mse",
+                "fqdiff calibrate --scheme ndtc",
+                "fqdiff quantize --method ptq4dm --activations int8",
+            ),
+            "calibration along the full-precision sampler at timesteps from a skewed normal; ranges of least squared error",
+            "timesteps beyond the ends are drawn again, where the script clamps them into spikes at both; every x_t goes with "
+            "its own t, where the script pairs it with the number of the step, counted from noise; squared errors, not |x|^2.4",
+            bundle=Bundle(
+                {"range": "mse", "split_skips": False}, ranges=("mse",), roundings=("nearest",), scheme="ndtc"
+            ),
+        ),
+        Method(
+            "q-diffusion",
+            "Q-Diffusion: quantizing diffusion models",
+            "Li et al., ICCV 2023, arXiv:2302.04304",
+            2023,
+            ("fqdiff calibrate --scheme uniform", "fqdiff quantize --activations int8 --split-skips"),
+            "its calibration set (20 timesteps of 256 runs, the default), and split scales of activations where skips are joined",
+            "every layer that is given a joined skip is split, two of them through a norm, where the paper splits 1x1 shortcuts",
+            "block reconstruction with AdaRound, learned steps of activations, and split scales of weights",
+        ),
+        Method(
+            "ptqd",
+            "PTQD: accurate post-training quantization for diffusion models",
+            "He et al., NeurIPS 2023, arXiv:2305.10657",
+            2023,
+            ("fqdiff calibrate", "fqdiff quantize --method ptqd [--activations int8]", "fqdiff sample --sampler ddpm"),
+            "slope of the correlated error, bias by image channel, and residual variance that the sampler's step noise absorbs; "
+            "by intervals of timesteps, in the file",
+            "the slope has an intercept for each channel and the bias is the residual's mean, so that an error k eps + b is "
+            "undone exactly, where the code leaks one into the other; the direction of a DDIM step keeps sigma, where the code "
+            "puts sigma' there as well; of a velocity model, the velocity is corrected",
+            "its weights and activations come from block reconstruction, here from the plan and from ranges of least squared "
+            "error; precision by timestep from signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
+            Bundle({"range": "mse", "split_skips": False}, noise_correction=True),
+        ),
+        Method(
+            "tdq",
+            "Temporal dynamic quantization for diffusion models",
+            "So et al., NeurIPS 2023, arXiv:2306.02316",
+            2023,
+            ("fqdiff quantize --activations int8 --activation-intervals 20",),
+            "only the form in which it is deployed: a table of scales by site and interval of timesteps",
+            "the scales come from calibration, and intervals share them",
+            "the network that maps the time embedding to a scale, and its training",
+        ),
+        Method(
+            "tfmq",
+            "TFMQ-DM: temporal feature maintenance quantization for diffusion models",
+            "Huang et al., CVPR 2024, arXiv:2311.16503",
+            2024,
+            ("fqdiff calibrate", "fqdiff quantize --method tfmq --activations int8"),
+            "finite-set calibration: ranges of activations for each interval of timesteps, from that interval's inputs alone",
+            "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width",
+            "reconstruction of the temporal block, and cached time embeddings: time projections are quantized as the plan says, "
+            "and their inputs like all others",
+            Bundle({"range": "min-max", "intervals": 20, "split_skips": False}),
+        ),
+        Method(
+            "repq",
+            "RepQ-ViT: scale reparameterization for post-training quantization of vision transformers",
+            "Li et al., ICCV 2023, arXiv:2212.08254",
+            2023,
+            ("fqdiff calibrate", "fqdiff quantize --method repq --activations int8"),
+            "scales by channel folded into the norm before and the layer behind, where that is exact; softmax in log sqrt 2",
+            "through ReLU only factors go, no shifts; a network with SiLU is refused with the reason, since silu(x / r) is not "
+            "silu(x) / r. Ranges are those of least squared error, where the paper picks the best of three percentiles",
+            bundle=Bundle({"range": "mse", "softmax": "log-sqrt2", "split_skips": False}, reparameterize=True),
+        ),
+        Method(
+            "fisher",
+            "Precision by Fisher information, for a byte budget",
+            "this project's own, docs/concepts.md",
+            2026,
+            ("fqdiff fisher", "fqdiff plan --target-bpw 4.25", "fqdiff quantize --method fisher [--activations int8]"),
+            "a format for every tensor, so that the predicted rise of the loss is least within the budget; activations of least "
+            "squared error, split where skips are joined",
+            "it is this project's own",
+            "which further parts earn their place is not measured yet: distillation, bias and noise correction stay flags",
+            Bundle({"range": "mse", "split_skips": True}, strategy="budget"),
+        ),
+    )
+}
+
+
+def get_bundle(name: str) -> Bundle:
+    """What ``--method name`` stands for. Raises ConfigError where there is no such method, or too little of it."""
+    offered = ", ".join(m.name for m in METHODS.values() if m.bundle is not None)
+    if name not in METHODS:
+        raise ConfigError(f"unknown method '{name}'", f"one of: {offered}; fqdiff methods says more")
+    method = METHODS[name]
+    if method.bundle is None:
+        raise ConfigError(f"{name} lacks {method.missing}", f"what is there of it: {'; '.join(method.made_by)}")
+    return method.bundle
