@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fqdiff.configs import ActivationConfig, CalibrateConfig, PlanConfig, Quanti
 from fqdiff.context import Context
 from fqdiff.errors import LineageError, QuantizationError
 from fqdiff.models.registry import build, normed_layers
+from fqdiff.pipeline import External, Runner, Step
 from fqdiff.quant.activation_sites import watching
 from fqdiff.quant.reparameterize import NormedInput, channel_factors, obstacle, reparameterize
 from fqdiff.rng import generator
@@ -21,7 +23,9 @@ from fqdiff.stages.activations import quantize_activations
 from fqdiff.stages.calibrate import calibrate
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize, quantize_reparameterized
-from fqdiff.values import CalibrationSet, Checkpoint
+from fqdiff.store.store import Store
+from fqdiff.values import CalibrationSet, Checkpoint, Dataset
+from tests.conftest import tiny_config
 from tests.test_cli import call, good
 
 
@@ -180,3 +184,22 @@ def test_a_network_with_silu_is_refused_by_the_command(tmp_path: Path) -> None:
     assert refused.exit_code == 1
     assert "silu stands between 'block1.res1.norm1' and 'block1.res1.conv1'" in refused.stderr
     assert not (store / "quantized").exists() or not list((store / "quantized").glob("*/manifest.json"))
+
+
+def test_the_command_reparameterizes_a_network_with_relu(dataset: Dataset, relu: Checkpoint, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    source = External("dataset", "0" * 16, dataset)
+    step = Step("train", {"dataset": source}, tiny_config(architecture=dict(relu.spec.architecture)))
+    store.give_name("one", Runner(store).run(step))
+    planned = good(store.root, "plan", "one", "--uniform", "int8", "--name", "int8")
+    few = ("--steps", "4", "--timesteps", "4", "--samples", "2")
+    good(store.root, "calibrate", "one", *few, "--name", "inputs")
+    flags = ("--reparameterize", "--calibration", "inputs")
+    alone = good(store.root, "quantize", "int8", *flags)
+    assert alone["file_bytes"] == planned["file_bytes"]
+    assert alone["id"] != good(store.root, "quantize", "int8")["id"]
+    both: Any = good(
+        store.root, "quantize", "int8", *flags, "--activations", "int8", "--noise-correction", "--noise-intervals", "2"
+    )
+    added = both["activation_bytes"] + both["noise_correction_bytes"]
+    assert both["file_bytes"] == both["promised_bytes"] + added
