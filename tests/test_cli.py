@@ -33,6 +33,7 @@ COMMANDS = [
     ["plan", "show"], ["plan", "diff"],
     ["calibrate"], ["quantize"], ["size"], ["sample"], ["fid"], ["compare"],
     ["plot", "fisher"], ["plot", "plan"], ["plot", "compare"], ["plot", "activations"],
+    ["plot", "pareto"], ["plot", "samples"], ["report"],
     ["methods"],
     ["run"], ["sweep"],
     *(["store", name] for name in ("ls", "show", "lineage", "verify", "gc", "rm")),

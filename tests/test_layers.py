@@ -18,7 +18,7 @@ LAYERS = [
     {"stages"},
     {"store"},
     {"pipeline"},
-    {"chains"},
+    {"chains", "report"},
     {"sweep"},
     {"cli"},
 ]

@@ -21,6 +21,7 @@ from fqdiff.cli import (
     plot,
     plot_activations,
     quantize,
+    report,
     run,
     sample,
     size,
@@ -58,6 +59,7 @@ app.command("size", rich_help_panel=PIPELINE, epilog="Example: fqdiff size --ten
 app.command("sample", rich_help_panel=PIPELINE, epilog="Example: fqdiff sample --count 1000 --steps 50")(sample.sample)
 app.command("fid", rich_help_panel=PIPELINE, epilog="Example: fqdiff fid --features digits")(fid.fid)
 app.command("compare", rich_help_panel=PIPELINE, epilog=compare.EXAMPLE)(compare.compare)
+app.command("report", rich_help_panel=PIPELINE, epilog=report.EXAMPLE)(report.report)
 plot.app.command("activations", epilog=plot_activations.EXAMPLE)(plot_activations.activations)
 app.add_typer(plot.app, name="plot", rich_help_panel=HOUSE)
 app.command("methods", rich_help_panel=HOUSE, epilog=methods.EXAMPLE)(methods.methods)

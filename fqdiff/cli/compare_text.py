@@ -5,27 +5,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from fqdiff.cli.show import table
+from fqdiff.report.words import DECIDING, DISTRIBUTION_COLUMNS, PAIRED_COLUMNS, interval, judged
 
 if TYPE_CHECKING:
-    from fqdiff.evidence.comparison import Difference
     from fqdiff.values import Comparison
-
-PAIRED_COLUMNS = {
-    "image_mse": ("image MSE", ".2e"),
-    "psnr": ("PSNR dB", ".2f"),
-    "ssim": ("SSIM", ".4f"),
-    "feature_distance": ("feature distance", ".3f"),
-}
-DISTRIBUTION_COLUMNS = {
-    "fid": ("FID", ".3f"),
-    "kid": ("KID", ".3g"),
-    "precision": ("precision", ".3f"),
-    "recall": ("recall", ".3f"),
-    "density": ("density", ".3f"),
-    "coverage": ("coverage", ".3f"),
-    "inception_score": ("Inception score", ".3f"),
-}
-DECIDING = ("fid", "kid")  # with a verdict each in the table; those on the others are in the artifact
 
 
 def comparison_text(artifact: str, value: "Comparison", labels: Mapping[str, str]) -> str:
@@ -87,18 +70,6 @@ def nearer_text(value: "Comparison", labels: Mapping[str, str]) -> str:
             f"FID {interval(fid, '+.3f')} {judged(fid)}"
         )
     return "\n".join(lines)
-
-
-def interval(d: "Difference", form: str) -> str:
-    """The difference with its interval."""
-    return f"{d.difference:{form}} [{d.low:{form}}, {d.high:{form}}]"
-
-
-def judged(d: "Difference") -> str:
-    """The verdict, with the N that would tell where this one does not."""
-    if d.verdict != "not distinguishable" or d.images_needed is None:
-        return d.verdict
-    return f"{d.verdict} (N = {d.images_needed:,} would tell)"
 
 
 def distribution_table(value: "Comparison", labels: Mapping[str, str]) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 from typer.core import TyperGroup
 
 ORDER = (
-    "train", "import", "fisher", "plan", "calibrate", "quantize", "size", "sample", "fid", "compare", "plot", "methods",
-    "run", "sweep", "store",
+    "train", "import", "fisher", "plan", "calibrate", "quantize", "size", "sample", "fid", "compare", "report", "plot",
+    "methods", "run", "sweep", "store",
 )  # fmt: skip
 
 

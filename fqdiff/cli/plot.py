@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.session import STORE_OPTIONS, Session, common, only_input
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fqdiff.store.manifest import Manifest
-
 app = typer.Typer(no_args_is_help=True, help="Draw pictures of artifacts.")
+ComparisonRefs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="A comparison; or models, samples or plans: the latest comparison that has them all.",
+        show_default="the latest comparison",
+        metavar="REF",
+    ),
+]
 
 
 @app.command("fisher", epilog="Example: fqdiff plot fisher --picture heatmap-log --format png")
@@ -97,30 +103,70 @@ def compare(
     ] = None,
 ) -> None:
     """Draw a comparison: image errors, and differences of FID with intervals."""
+    from fqdiff.report.data import role_labels
     from fqdiff.viz.comparison import intervals
     from fqdiff.viz.figures import render
 
     formats = image_formats(image_format)
     manifest = session.resolve(ref, ("comparison",))
-    figure = intervals(session.runner.load(manifest), role_labels(session, manifest), f"comparison {manifest.id}")
+    figure = intervals(session.runner.load(manifest), role_labels(session.store, manifest), f"comparison {manifest.id}")
     files = {f"intervals.{one}": render(figure, one) for one in formats}
     save_pictures(session, "comparison", manifest.id, ["intervals"], files, output)
 
 
-def role_labels(session: Session, manifest: "Manifest") -> dict[str, str]:
-    """What each role of a comparison is called: a name of its samples, its model or its model's plan, else the model's id."""
-    names = {target: name for name, target in sorted(session.store.names().items(), reverse=True)}
-    labels = {}
-    for found in manifest.recipe.inputs:
-        if found.kind != "samples":
-            continue
-        samples = session.store.find(found.kind, found.id)
-        model = samples.input("model") if samples is not None else None
-        made = session.store.find(model.kind, model.id) if model is not None else None
-        plan = made.input("plan") if made is not None else None
-        known = [names[i.kind, i.id] for i in (found, model, plan) if i is not None and (i.kind, i.id) in names]
-        labels[found.role] = known[0] if known else f"{model.kind} {model.id}" if model is not None else found.id
-    return labels
+@app.command("pareto", epilog="Example: fqdiff plot pareto --format svg")
+@common(*STORE_OPTIONS)
+def pareto(
+    session: Session,
+    refs: ComparisonRefs = None,
+    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/comparison-ID in the store")
+    ] = None,
+) -> None:
+    """Draw file sizes against image error and FID, with intervals."""
+    from fqdiff.report.data import collect, find_comparison
+    from fqdiff.viz.figures import render
+    from fqdiff.viz.pareto import pareto as draw
+
+    formats = image_formats(image_format)
+    manifest = find_comparison(session.store, refs or [])
+    found = collect(session.runner, manifest)
+    sizes = {row.role: row.file_bytes for row in found.rows if row.file_bytes is not None and row.role != "floor"}
+    if not sizes:
+        raise ArtifactNotFound(f"all models of comparison {manifest.id} are gone", "make them again: fqdiff compare")
+    figure = draw(found.comparison, found.labels, sizes, f"comparison {manifest.id}")
+    files = {f"pareto.{one}": render(figure, one) for one in formats}
+    save_pictures(session, "comparison", manifest.id, ["pareto"], files, output)
+
+
+@app.command("samples", epilog="Example: fqdiff plot samples --columns 12 --format png")
+@common(*STORE_OPTIONS)
+def samples(
+    session: Session,
+    refs: ComparisonRefs = None,
+    columns: Annotated[int, typer.Option(min=1, max=64, help="Images of each model.")] = 12,
+    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/comparison-ID in the store")
+    ] = None,
+) -> None:
+    """Draw samples of a comparison's models side by side, each column from the same noise."""
+    from fqdiff.report.data import collect, find_comparison
+    from fqdiff.viz.figures import render
+    from fqdiff.viz.samples import side_by_side
+
+    formats = image_formats(image_format)
+    manifest = find_comparison(session.store, refs or [])
+    found = collect(session.runner, manifest)
+    rows = [
+        (row.label, found.images[row.role]) for row in found.rows if row.role in found.images and row.role != "floor"
+    ]
+    if not rows:
+        raise ArtifactNotFound(f"all samples of comparison {manifest.id} are gone", "make them again: fqdiff compare")
+    figure = side_by_side(rows, columns, f"comparison {manifest.id}")
+    files = {f"samples.{one}": render(figure, one) for one in formats}
+    save_pictures(session, "comparison", manifest.id, ["samples"], files, output)
 
 
 def image_formats(name: str) -> tuple[str, ...]:
@@ -155,7 +201,7 @@ def write_pictures(files: "Mapping[Path, bytes]", replace: bool) -> None:
     try:
         for path, content in files.items():
             if not replace and path.exists() and path.read_bytes() != content:
-                raise ConfigError(f"{path} exists, and is another picture", "choose another --output")
+                raise ConfigError(f"{path} exists, and is another file", "choose another --output")
         for path, content in files.items():
             write_atomically(path, content)
     except OSError as error:

@@ -291,5 +291,6 @@ def _how_to_make(kinds: tuple[str, ...]) -> str:
         "quantized": "fqdiff quantize",
         "samples": "fqdiff sample",
         "metrics": "fqdiff fid",
+        "comparison": "fqdiff compare",
     }
     return next((commands[k] for k in kinds if k in commands), "fqdiff train")

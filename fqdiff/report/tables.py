@@ -1,0 +1,122 @@
+"""The report's tables as data: what each cell says, and what it is sorted by."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fqdiff.evidence.comparison import BASELINE, FLOOR
+from fqdiff.report.data import ModelRow, Report
+from fqdiff.report.words import (
+    DECIDING,
+    DISTRIBUTION_COLUMNS,
+    PAIRED_COLUMNS,
+    interval,
+    noise_share,
+    times_smaller,
+)
+from fqdiff.values import Comparison
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell says, and the number or text that it is sorted by; without one it comes last."""
+
+    text: str
+    key: float | str | None = None
+
+
+EMPTY = Cell("")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows. ``title``: what it shows."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def tables(report: Report) -> list[Table]:
+    """All of the report's tables."""
+    return [model_table(report), metric_table(report), pair_table(report)]
+
+
+def model_table(report: Report) -> Table:
+    """Sizes, distances from the baseline's images, and whether FID tells."""
+    value = report.comparison
+    header: tuple[str, ...] = ("model", "bits/weight", "bytes", "times smaller", "image MSE", "of other noise")
+    rows = [
+        (
+            _word(row.label),
+            _number(row.bits_per_weight, ".3f"),
+            _number(row.file_bytes, ",d"),
+            _number(times_smaller(report, row), ".2f"),
+            _measured(value, "image_mse", row.role, PAIRED_COLUMNS),
+            _share(report, row),
+            *_differences(value, row.role),
+        )
+        for row in report.rows
+    ]
+    header += (f"FID minus baseline's [{value.level:.0%}]", "FID tells")
+    return Table("Models", header, tuple(rows))
+
+
+def _differences(value: Comparison, role: str) -> tuple[Cell, Cell]:
+    if role == BASELINE:
+        return EMPTY, EMPTY
+    d = value.pair("fid", role, BASELINE)
+    return Cell(interval(d, "+.3f"), d.difference), _word(d.verdict)
+
+
+def metric_table(report: Report) -> Table:
+    """Every metric but the image error, which the table of models has, of every role."""
+    value = report.comparison
+    there = {m.metric for m in value.measures} - {"image_mse"}
+    columns = {metric: c for metric, c in {**PAIRED_COLUMNS, **DISTRIBUTION_COLUMNS}.items() if metric in there}
+    rows = [(_word(row.label), *(_measured(value, m, row.role, columns) for m in columns)) for row in report.rows]
+    return Table("More metrics", ("model", *(name for name, _ in columns.values())), tuple(rows))
+
+
+def pair_table(report: Report) -> Table:
+    """Image error, FID and KID of each pair, with verdicts."""
+    forms = {"image_mse": PAIRED_COLUMNS["image_mse"]} | {m: DISTRIBUTION_COLUMNS[m] for m in DECIDING}
+    labels = report.labels
+    rows = tuple(
+        (
+            _word(labels[d.of]),
+            _word(labels[d.against]),
+            _word(forms[d.metric][0]),
+            Cell(interval(d, f"+{forms[d.metric][1]}"), d.difference),
+            Cell(f"{d.adjusted_p:.2g}", d.adjusted_p),
+            _word(d.verdict),
+            _number(d.images_needed, ",d"),
+        )
+        for d in report.comparison.differences
+        if d.metric in forms
+    )
+    title = f"difference [{report.comparison.level:.0%}]"
+    header = ("model", "against", "metric", title, "adjusted p", "verdict", "N that would tell")
+    return Table("Every pair", header, rows)
+
+
+def _word(text: str) -> Cell:
+    return Cell(text, text)
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return EMPTY if value is None else Cell(f"{value:{form}}", value)
+
+
+def _measured(value: Comparison, metric: str, role: str, columns: Mapping[str, tuple[str, str]]) -> Cell:
+    """Value and half interval; empty where the role has no such measure."""
+    found = next((m for m in value.measures if (m.metric, m.of) == (metric, role)), None)
+    if found is None:
+        return EMPTY
+    form = columns[metric][1]
+    return Cell(f"{found.value:{form}} ± {found.high - found.value:{form}}", found.value)
+
+
+def _share(report: Report, row: ModelRow) -> Cell:
+    if row.role in (BASELINE, FLOOR):
+        return EMPTY
+    return Cell(noise_share(report, row.role), report.comparison.measure("image_mse", row.role).value)

@@ -1,0 +1,159 @@
+"""How metrics are called and written, and what a comparison says in sentences."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fqdiff.evidence.comparison import Difference
+    from fqdiff.report.data import ModelRow, Report
+
+PAIRED_COLUMNS = {
+    "image_mse": ("image MSE", ".2e"),
+    "psnr": ("PSNR dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "feature_distance": ("feature distance", ".3f"),
+}
+DISTRIBUTION_COLUMNS = {
+    "fid": ("FID", ".3f"),
+    "kid": ("KID", ".3g"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "density": ("density", ".3f"),
+    "coverage": ("coverage", ".3f"),
+    "inception_score": ("Inception score", ".3f"),
+}
+DECIDING = ("fid", "kid")  # with a verdict each; those on the others are in the artifact
+SAME = "not distinguishable"
+
+
+def interval(d: "Difference", form: str) -> str:
+    """The difference with its interval."""
+    return f"{d.difference:{form}} [{d.low:{form}}, {d.high:{form}}]"
+
+
+def judged(d: "Difference") -> str:
+    """The verdict, with the N that would tell where this one does not."""
+    if d.verdict != SAME or d.images_needed is None:
+        return d.verdict
+    return f"{d.verdict} (N = {d.images_needed:,} would tell)"
+
+
+def noise_share(report: "Report", role: str) -> str:
+    """Image error as a share of that of other noise; empty where there is no noise floor."""
+    value = report.comparison
+    error = value.measure("image_mse", role).value
+    whole = value.measure("image_mse", "floor").value if value.floor_seed is not None else 0.0
+    return "identical" if error == 0 else f"{error / whole:.3%}" if whole > 0 else ""
+
+
+def times_smaller(report: "Report", row: "ModelRow") -> float | None:
+    """The baseline's file size over the row's; None where one is not known."""
+    baseline = report.row("baseline").file_bytes
+    return baseline / row.file_bytes if baseline and row.file_bytes else None
+
+
+def dominated(report: "Report") -> list[tuple["ModelRow", "ModelRow"]]:
+    """(better, other) for models of which the better is no larger and, by a verdict, nearer to the baseline image by image."""
+    nearer = {
+        (d.of, d.against) if d.verdict == "better" else (d.against, d.of)
+        for d in report.comparison.differences
+        if d.metric == "image_mse" and d.verdict in ("better", "worse")
+    }
+    return [
+        (better, other)
+        for better in report.models
+        for other in report.models
+        if (better.role, other.role) in nearer and better.file_bytes and (other.file_bytes or 0) >= better.file_bytes
+    ]
+
+
+def title(report: "Report") -> str:
+    """What is compared, in one line."""
+    models, baseline = report.models, report.row("baseline").label
+    return f"{models[0].label} against {baseline}" if len(models) == 1 else f"{len(models)} models against {baseline}"
+
+
+def verdict(report: "Report") -> list[str]:
+    """The result in sentences, what is surest first: sizes and distances image by image, then what metrics of sets tell."""
+    baseline = report.row("baseline").label
+    first = report.models[0]
+    if len(report.models) > 1:
+        lines = [_extremes(report, baseline)]
+    else:
+        lines = [f"{first.label} against {baseline}: {_size(report, first)}; {_distance(report, first)}."]
+    lines += [
+        f"{better.label} is no larger than {other.label}, and nearer to {baseline}."
+        for better, other in dominated(report)
+    ]
+    return lines + _told(report, baseline)
+
+
+def model_sentences(report: "Report") -> list[tuple[str, str]]:
+    """Label, and in a sentence what became of it, for every model."""
+    return [
+        (row.label, f"{_size(report, row)}; {_distance(report, row)}; {_judgements(report, row)}.")
+        for row in report.models
+    ]
+
+
+def _extremes(report: "Report", baseline: str) -> str:
+    """Which model is nearest to the baseline, and which the smallest."""
+    value = report.comparison
+    nearest = min(report.models, key=lambda row: value.measure("image_mse", row.role).value)
+    error = f"{nearest.label} is nearest to {baseline} (image MSE {value.measure('image_mse', nearest.role).value:.1e})"
+    known = [row for row in report.models if row.file_bytes]
+    smallest = min(known, key=lambda row: row.file_bytes or 0, default=None)
+    if smallest is None:
+        return f"{error}."
+    if smallest is nearest:
+        return f"{error}, and the smallest ({_size(report, smallest)})."
+    return f"{error}, {smallest.label} the smallest ({_size(report, smallest)})."
+
+
+def _size(report: "Report", row: "ModelRow") -> str:
+    ratio = times_smaller(report, row)
+    if ratio is None:
+        return "of unknown size"
+    if 0.98 < ratio < 1.02:
+        return f"as large as {report.row('baseline').label}"
+    return f"{ratio:.1f} times smaller" if ratio > 1 else f"{1 / ratio:.1f} times larger"
+
+
+def _distance(report: "Report", row: "ModelRow") -> str:
+    share = noise_share(report, row.role)
+    if share == "identical":
+        return "identical images"
+    error = report.comparison.measure("image_mse", row.role)
+    of_noise = f", {share} of what other noise does" if share else ""
+    return f"image MSE {error.value:.2e} ± {error.high - error.value:.2e}{of_noise}"
+
+
+def _judgements(report: "Report", row: "ModelRow") -> str:
+    pairs = [(DISTRIBUTION_COLUMNS[m][0], report.comparison.pair(m, row.role, "baseline")) for m in DECIDING]
+    return "; ".join(f"{name} {judged(d)}" for name, d in pairs)
+
+
+def _told(report: "Report", baseline: str) -> list[str]:
+    """What metrics of whole sets tell; that they tell nothing is no proof that nothing differs."""
+    value, models = report.comparison, report.models
+    whom = models[0].label if len(models) == 1 else "any model"
+    silent = [m for m in DECIDING if all(value.pair(m, row.role, "baseline").verdict == SAME for row in models)]
+    names = [DISTRIBUTION_COLUMNS[m][0] for m in silent]
+    lines = []
+    for metric in DECIDING:
+        if metric not in silent:
+            told = [(row.label, value.pair(metric, row.role, "baseline").verdict) for row in models]
+            found = join([f"{label} ({verdict})" for label, verdict in told if verdict != SAME])
+            others = ", and no other" if any(verdict == SAME for _, verdict in told) else ""
+            name = DISTRIBUTION_COLUMNS[metric][0]
+            lines.append(f"{name} of {value.n:,} images tells from {baseline}: {found}{others}.")
+    if names:
+        start = f"Neither {' nor '.join(names)}" if len(names) > 1 else f"{names[0]}"
+        verb = "tells" if len(names) > 1 else "does not tell"
+        lines.append(f"{start} of {value.n:,} images {verb} {whom} from {baseline}.")
+    return lines
+
+
+def join(words: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,622 @@
+"""``fqdiff report``: what it says, that it is one sound page, and that a browser shows it."""
+
+import json
+import re
+import shutil
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fqdiff
+from fqdiff.pipeline import Runner
+from fqdiff.report.data import Report, collect, find_comparison
+from fqdiff.report.markdown import escape, markdown
+from fqdiff.report.page import PAGE_LIMIT, html_page
+from fqdiff.report.pictures import TIMESTEPS, fisher_section
+from fqdiff.report.samples import sample_section
+from fqdiff.report.tables import Table, tables
+from fqdiff.report.words import dominated, verdict
+from fqdiff.store.store import Store
+from fqdiff.values import TrajectoryEntry
+from fqdiff.viz.lineage import Node, places_of
+from fqdiff.viz.pareto import Dot, front
+from fqdiff.viz.samples import magnified_difference
+from tests.browser import Browser, find_chromium
+from tests.test_cli import call, good
+
+VOID = {"meta", "img", "input", "br", "link", "hr"}
+HOSTILE = "</script><script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>&$x$|`*\n\x00"
+SECTIONS = ["verdict", "models", "pareto", "samples", "metrics", "plans", "fisher", "lineage", "reproduce"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "store"
+    config = folder.parent / "quick.toml"
+    config.write_text("[classifier]\nepochs = 1\n[compare]\nresamples = 30\n")
+    good(folder, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "10", "--name", "full")
+    good(folder, "fisher", "--timesteps", "150", "--samples", "2")
+    good(folder, "plan", "--groups", "12/345/6", "--at", "mean", "--name", "groups")
+    for low in ("float32", "int8", "int2"):
+        good(folder, "plan", "full", "--uniform", low, "--name", low)
+    settings = ["--features", "digits", "--count", "40", "--steps", "3", "--config", str(config)]
+    good(folder, "compare", "full", "int8", "int2", *settings)
+    good(folder, "compare", "full", "groups", "int8", "int2", "float32", *settings)
+    return folder
+
+
+def report_of(store: Path, *refs: str) -> Report:
+    opened = Store(store)
+    return collect(Runner(opened), find_comparison(opened, refs))
+
+
+@pytest.fixture(scope="module")
+def report(store: Path) -> Report:
+    return report_of(store)
+
+
+@pytest.fixture(scope="module")
+def page(report: Report) -> str:
+    return html_page(report)
+
+
+@pytest.fixture(scope="module")
+def hostile(report: Report) -> Report:
+    """The same report where everything that a stranger may write is hostile."""
+    name = f"{HOSTILE}-0"
+    rows = tuple(replace(row, label=f"{HOSTILE}-{k}") for k, row in enumerate(report.rows))
+    artifacts = tuple(
+        replace(
+            row,
+            names=(HOSTILE,),
+            manifest=row.manifest
+            and replace(
+                row.manifest,
+                command=HOSTILE,
+                environment={f"{HOSTILE}{k}": v if v is None else HOSTILE for k, v in row.manifest.environment.items()},
+                recipe=replace(row.manifest.recipe, config={HOSTILE: HOSTILE}, stage=HOSTILE),
+            ),
+        )
+        for row in report.artifacts
+    )
+    ((key, subject),) = report.fisher.items()
+
+    def renamed(names: Iterator[str]) -> dict[str, str]:
+        return {n: f"{name}.{n}" for n in names}
+
+    new = renamed(iter(subject.table.entries))
+    table = replace(
+        subject.table, kind=HOSTILE, entries={new[n]: e for n, e in subject.table.entries.items()}, trajectory={}
+    )
+    tensors = {new[n]: t for n, t in subject.checkpoint.tensors.items()}
+    fisher = {key: replace(subject, table=table, checkpoint=replace(subject.checkpoint, tensors=tensors))}
+    plans = {
+        role: replace(
+            plan, strategy=HOSTILE, entries=tuple(replace(e, parameter=new[e.parameter]) for e in plan.entries)
+        )
+        for role, plan in report.plans.items()
+    }
+    comparison = replace(report.comparison, features=HOSTILE, reference=HOSTILE)
+    return replace(report, rows=rows, artifacts=artifacts, fisher=fisher, plans=plans, comparison=comparison)
+
+
+@pytest.fixture(scope="module")
+def hostile_page(hostile: Report) -> str:
+    return html_page(hostile)
+
+
+class Page(HTMLParser):
+    """Start tags with their attributes; ``open`` are those without an end, empty after a balanced page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> at {self.getpos()}")
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+# --- the page's structure ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_balanced_and_small(page: str) -> None:
+    parsed = Page(page)
+    assert not parsed.problems
+    assert not parsed.open
+    assert len(page.encode()) <= PAGE_LIMIT
+    assert [a["id"] for a in parsed.all("section")] == SECTIONS
+
+
+def test_nothing_in_the_page_leads_outside(page: str) -> None:
+    """Rejects matplotlib's own SVG, whose metadata, style sheet and xlink name addresses and hold for the whole page."""
+    for tag, attributes in Page(page).tags:
+        for name, value in attributes.items():
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster"):
+                assert (value or "").startswith(("data:image/png;base64,", "#")), (tag, name, value)
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", page))
+    assert "http:" not in page
+    assert "https:" not in page
+    assert "@import" not in page
+    (policy,) = [a["content"] for a in Page(page).all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_ids_are_unique_and_every_reference_has_its_target(page: str) -> None:
+    tags = Page(page).tags
+    ids = Counter(a["id"] for _, a in tags if "id" in a)
+    assert [i for i, n in ids.items() if n > 1] == []
+    named = [a[k] for _, a in tags for k in ("for", "aria-labelledby", "data-control", "data-of") if k in a]
+    named += [a["href"][1:] for _, a in tags if (a.get("href") or "").startswith("#")]  # type: ignore[index]
+    named += re.findall(r"url\(#([^)]*)\)", page)
+    assert named
+    assert set(named) <= ids.keys()
+
+
+def test_who_cannot_see_the_page_is_told_the_same(page: str) -> None:
+    parsed = Page(page)
+    assert all(a.get("alt") for a in parsed.all("img"))
+    assert len(parsed.all("img")) == 1 + 2 * 4
+    assert parsed.all("th")
+    assert all(a.get("scope") in ("col", "row") for a in parsed.all("th"))
+    assert all(a.get("aria-label") for a in parsed.all("svg"))
+    assert len(parsed.all("caption")) == len(parsed.all("table"))
+    assert parsed.all("html")[0]["lang"] == "en"
+    assert all("aria-label" in a for _, a in parsed.tags if a.get("tabindex") == "0" and a.get("id") != "commands")
+
+
+def test_hostile_text_adds_no_tag_anywhere(page: str, hostile_page: str) -> None:
+    """Rejects a page that leaves out escaping in one place only: every start tag has to be the same."""
+    parsed = Page(hostile_page)
+    assert not parsed.problems
+    assert not parsed.open
+    drawn = {"text", "tspan", "g", "use", "path", "defs"}  # how many there are depends on where labels find room
+    of_hostile, of_benign = ([t for t, _ in p.tags if t not in drawn] for p in (parsed, Page(page)))
+    assert of_hostile == of_benign
+    assert not any(name.startswith("on") for _, a in parsed.tags for name in a)
+    assert len(parsed.all("script")) == 2
+
+
+def test_files_of_the_page_are_in_the_package() -> None:
+    root = Path(fqdiff.__file__).parent
+    listed = tomllib.loads((root.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert sorted(listed["fqdiff.report"]) == sorted(p.name for p in (root / "report").glob("page.[!p]*"))
+
+
+# --- what it says ------------------------------------------------------------------------------------------------------
+
+
+def cells(table: Table, name: str) -> dict[str, str]:
+    column = [head.partition(" [")[0] for head in table.header].index(name)
+    return {row[0].text: row[column].text for row in table.rows}
+
+
+def test_sizes_are_those_of_the_files(store: Path, report: Report) -> None:
+    table = tables(report)[0]
+    sizes = cells(table, "bytes")
+    weights = sum(t.numel() for t in report.fisher[next(iter(report.fisher))].checkpoint.tensors.values())
+    for row in report.models:
+        path = store / row.model / "model.safetensors"
+        assert sizes[row.label] == f"{path.stat().st_size:,}"
+        assert cells(table, "bits/weight")[row.label] == f"{8 * path.stat().st_size / weights:.3f}"
+    assert [row.label for row in report.rows] == ["full", "groups", "int8", "int2", "float32", "full, other noise"]
+    assert cells(table, "of other noise")["float32"] == "identical"
+    assert cells(table, "times smaller")["full"] == "1.00"
+
+
+def test_the_verdict_names_what_is_smaller_and_nearer(report: Report) -> None:
+    lines = verdict(report)
+    assert lines[0].startswith("float32 is nearest to full (image MSE 0.0e+00), int2 the smallest (")
+    value = report.comparison
+    for better, other in dominated(report):
+        assert better.file_bytes is not None
+        assert other.file_bytes is not None
+        assert better.file_bytes <= other.file_bytes
+        assert value.measure("image_mse", better.role).value < value.measure("image_mse", other.role).value
+    bigger = replace(report, rows=tuple(replace(r, file_bytes=10**6 + (r.label == "int2")) for r in report.rows))
+    assert ("int8", "int2") in {(a.label, b.label) for a, b in dominated(bigger)}
+    assert "int8 is no larger than int2, and nearer to full." in verdict(bigger)
+
+
+def test_one_model_is_told_apart_in_the_singular(report: Report) -> None:
+    value, row = report.comparison, report.row("model3")
+    roles = ("baseline", "floor", "model1")
+
+    def first(role: str) -> str:
+        return {"model3": "model1", "model1": "gone"}.get(role, role)
+
+    measures = tuple(replace(m, of=first(m.of)) for m in value.measures if first(m.of) in roles)
+    pairs = [replace(d, of=first(d.of)) for d in value.differences if d.against == "baseline" and first(d.of) in roles]
+    told = {"fid": "not distinguishable", "kid": "worse"}
+    pairs = [replace(d, verdict=told.get(d.metric, d.verdict)) for d in pairs]
+    one = replace(value, models=1, measures=measures, differences=tuple(pairs))
+    rows = (report.row("baseline"), replace(row, role="model1"), report.row("floor"))
+    lines = verdict(replace(report, comparison=one, rows=rows))
+    smaller = (report.row("baseline").file_bytes or 0) / (row.file_bytes or 1)
+    assert lines[0].startswith(f"int2 against full: {smaller:.1f} times smaller; image MSE ")
+    assert lines[1:] == [
+        "KID of 40 images tells from full: int2 (worse).",
+        "FID of 40 images does not tell int2 from full.",
+    ]
+
+
+def test_whole_sampler_runs_have_dots_in_the_place_of_a_map(report: Report) -> None:
+    ((key, subject),) = report.fisher.items()
+    runs = {
+        name: TrajectoryEntry(e.block, e.numel, float(e.mean[0]) + 1, 0.1, 2.0, torch.zeros(0), torch.ones(3))
+        for name, e in subject.table.entries.items()
+    }
+    html = fisher_section(
+        replace(report, fisher={key: replace(subject, table=replace(subject.table, entries={}, trajectory=runs))})
+    )
+    parsed = Page(html)
+    assert not parsed.open
+    assert len(parsed.all("svg")) == 1
+    assert not parsed.all("script")
+
+
+def test_every_cell_of_the_heat_map_is_a_value_of_the_table(report: Report, page: str) -> None:
+    ((_, subject),) = report.fisher.items()
+    (data,) = [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+    assert len(data["timesteps"]) == TIMESTEPS
+    assert data["timesteps"][0] == int(subject.table.timesteps[0])
+    assert data["timesteps"][-1] == int(subject.table.timesteps[-1])
+    place = {int(t): k for k, t in enumerate(subject.table.timesteps)}
+    assert set(data["rows"]) == set(subject.weights)
+    for name, row in zip(data["rows"], data["values"], strict=True):
+        wanted = [float(subject.table.entries[name].mean[place[t]]) for t in data["timesteps"]]
+        assert row == pytest.approx(wanted, rel=6e-3, abs=1e-300)
+
+
+def test_the_commands_lead_from_the_model_to_the_comparison(store: Path, report: Report, page: str) -> None:
+    opened = Store(store)
+    chain = {name for _, m, _, name in opened.lineage(opened.resolve("latest", ("comparison",))) if m}
+    assert {row.key for row in report.artifacts if row.manifest} == chain
+    assert all(key in page for key in chain)
+    named = replace(
+        report,
+        artifacts=tuple(
+            replace(r, manifest=r.manifest and replace(r.manifest, command=r.kind)) for r in report.artifacts
+        ),
+    )
+    # In the order of their making, each once: a plan was made before any was quantized, and all were sampled by compare.
+    order = ["dataset", "checkpoint", "fisher", "plan", "features", "samples", "quantized", "comparison"]
+    assert sorted(named.commands) == sorted(order)
+    assert [c for c in named.commands if c not in ("features", "samples", "quantized")] == [*order[:4], "comparison"]
+
+
+@pytest.mark.parametrize(
+    ("refs", "models"),
+    [((), 4), (("groups",), 4), (("full", "int2"), 4), (("float32", "int8", "full"), 4)],
+)
+def test_models_lead_to_the_latest_comparison_that_has_them(store: Path, refs: tuple[str, ...], models: int) -> None:
+    opened = Store(store)
+    found = find_comparison(opened, refs)
+    assert report_of(store, *refs).comparison.models == models
+    samples = found.input("model1")
+    assert samples is not None
+    assert find_comparison(opened, (samples.id, found.input("baseline").id)).id == found.id  # type: ignore[union-attr]
+    assert find_comparison(opened, (found.id,)).id == found.id
+
+
+@pytest.mark.parametrize("what", ["report", "plot pareto", "plot samples"])
+def test_what_was_never_compared_says_how_to_compare_it(store: Path, tmp_path: Path, what: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    good(copy, "plan", "full", "--uniform", "int4", "--name", "new")
+    result = call(copy, *what.split(), "full", "new")
+    assert result.exit_code == 1
+    assert "has all of: full new" in result.stderr
+    assert "hint: fqdiff compare full new" in result.stderr
+    first, second = (m.id for m in Store(copy).manifests("comparison"))
+    assert call(copy, *what.split(), first, second).exit_code == 2
+    assert "Traceback" not in call(tmp_path / "empty", *what.split()).stderr
+
+
+def test_what_is_gone_is_left_out(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    whole = report_of(copy)
+    for row in whole.artifacts:
+        if row.kind in ("fisher", "plan"):
+            good(copy, "store", "rm", row.key, "--force")
+    parsed = Page(html_page(report_of(copy)))
+    assert [a["id"] for a in parsed.all("section")] == [s for s in SECTIONS if s not in ("fisher", "plans")]
+    baseline = whole.row("baseline").samples
+    good(copy, "store", "rm", baseline, "--force")
+    for row in whole.models:
+        good(copy, "store", "rm", row.model, "--force")
+    parsed = Page(html_page(report_of(copy)))
+    assert not parsed.problems
+    assert [a["id"] for a in parsed.all("section")] == ["verdict", "models", "metrics", "lineage", "reproduce"]
+    assert call(copy, "plot", "pareto").exit_code == 1
+    for row in whole.rows:
+        call(copy, "store", "rm", row.samples, "--force")
+    assert "## 4 models against" in markdown(report_of(copy))
+    assert call(copy, "plot", "samples").exit_code == 1
+
+
+def test_samples_take_the_room_there_is(report: Report) -> None:
+    sizes = []
+    for room in (10**7, 40_000, 9_000, 3_500):
+        html = sample_section(report, room)
+        sizes.append(len(html.encode()))
+        assert sizes[-1] <= room
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2
+    assert sample_section(report, 100) == ""
+
+
+# --- Markdown ----------------------------------------------------------------------------------------------------------
+
+
+def test_markdown_holds_every_table(report: Report) -> None:
+    text = markdown(report)
+    for table in tables(report):
+        assert f"### {table.title}" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == sum(2 + len(table.rows) for table in tables(report))
+    assert all(command in text for command in report.commands)
+
+
+def test_hostile_text_stays_in_its_cell(hostile: Report) -> None:
+    """Rejects an unescaped bar, which would add a column, and a line break, which would end the table."""
+    lines = markdown(hostile).splitlines()
+    for table in tables(hostile):
+        start = lines.index(f"### {table.title}") + 2
+        for line in lines[start : start + 2 + len(table.rows)]:
+            assert len(re.findall(r"(?<!\\)\|", line)) == len(table.header) + 1
+    outside = "\n".join(lines).partition("```")[0]
+    assert not re.findall(r"(?<!\\)<", outside)
+    fences = [line for line in lines if line.startswith("```")]
+    assert len(fences) == 2
+
+
+@given(st.text())
+def test_escaped_text_has_no_markup_left(text: str) -> None:
+    escaped = escape(text)
+    assert "\n" not in escaped
+    assert re.sub(r"\\([\\`*_{}\[\]<>#|~&$])", r"\1", escaped) == " ".join(text.split())
+
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_one_file_and_says_where(store: Path, tmp_path: Path, page: str, report: Report) -> None:
+    data = good(store, "report")
+    path = store / "pictures" / f"report-{report.id}.html"
+    assert data["file"] == str(path)
+    assert path.read_text() == page
+    assert data["verdict"] == verdict(report)
+    target = tmp_path / "r.html"
+    target.write_text("mine")
+    result = call(store, "report", "int8", "groups", "--output", str(target))
+    assert result.exit_code == 2
+    assert "exists, and is another" in result.stderr
+    assert target.read_text() == "mine"
+
+
+def test_markdown_goes_to_stdout_or_a_file(store: Path, tmp_path: Path, report: Report) -> None:
+    assert call(store, "report", "--markdown").stdout == markdown(report) + "\n"
+    target = tmp_path / "r.md"
+    good(store, "report", "--markdown", "--output", str(target))
+    assert target.read_text() == markdown(report)
+
+
+@pytest.mark.parametrize("name", ["pareto", "samples"])
+def test_pictures_alone_are_png_and_svg(store: Path, tmp_path: Path, name: str) -> None:
+    data = good(store, "plot", name, "--output", str(tmp_path / "out"))
+    assert data["files"] == [str(tmp_path / "out" / f"{name}.{suffix}") for suffix in ("png", "svg")]
+    png, svg = ((tmp_path / "out" / f"{name}.{suffix}").read_bytes() for suffix in ("png", "svg"))
+    assert png.startswith(b"\x89PNG")
+    assert str(data["id"]).encode() in svg
+    good(store, "plot", name, "--output", str(tmp_path / "out"))
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=8))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    dots = [Dot(str(k), size, float(value), value, value) for k, (size, value) in enumerate(points)]
+    found = front(dots)
+    beaten = {
+        (a.size, a.value)
+        for a in dots
+        for b in dots
+        if b.size <= a.size and b.value <= a.value and (b.size, b.value) != (a.size, a.value)
+    }
+    assert {(d.size, d.value) for d in found} == {(d.size, d.value) for d in dots} - beaten
+    assert [d.size for d in found] == sorted({d.size for d in found})
+
+
+def test_what_is_made_stands_right_of_what_it_was_made_from(report: Report) -> None:
+    nodes = {
+        row.key: Node(row.kind, row.id, tuple(key for _, key in row.inputs), row.manifest is not None)
+        for row in report.artifacts
+    }
+    places = places_of(nodes)
+    assert len(set(places.values())) == len(nodes)
+    for key, node in nodes.items():
+        assert all(places[source][0] < places[key][0] for source in node.sources)
+
+
+def test_a_loop_that_a_stranger_wrote_is_drawn_too() -> None:
+    nodes = {"a": Node("plan", "a", ("b",), True), "b": Node("plan", "b", ("a",), True)}
+    assert len(set(places_of(nodes).values())) == 2
+
+
+def test_differences_are_magnified_without_wrapping_round() -> None:
+    """Rejects a difference of uint8, where 0 - 1 is 255."""
+    images = torch.tensor([0, 1, 200, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    others = torch.tensor([1, 0, 100, 255], dtype=torch.uint8).reshape(1, 1, 2, 2)
+    assert magnified_difference(images, others, 8).flatten().tolist() == [8, 8, 255, 0]
+
+
+# --- in a browser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium: set FQDIFF_CHROMIUM, or have chromium or google-chrome on PATH")
+    with Browser(program) as found:
+        yield found
+
+
+@pytest.fixture
+def opened(browser: Browser, page: str, tmp_path: Path) -> Browser:
+    path = tmp_path / "report.html"
+    path.write_text(page)
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.look(1280, 900, "light")
+    browser.open(path)
+    return browser
+
+
+def quiet(browser: Browser, path: Path) -> None:
+    """Nothing on the console, and nothing asked for but the file."""
+    assert browser.problems == []
+    assert [url for url in browser.requests if not url.startswith("data:")] == [
+        (path / "report.html").resolve().as_uri()
+    ]
+
+
+def column(browser: Browser, number: int) -> list[str]:
+    rows = f"[...document.querySelectorAll('#models tbody tr')].map(r => r.children[{number}].textContent)"
+    return [str(text) for text in browser.run(rows)]
+
+
+def test_the_page_renders_in_silence(opened: Browser, tmp_path: Path) -> None:
+    for width in (1280, 390):
+        opened.look(width, 844, "dark")
+        assert opened.run("document.documentElement.scrollWidth <= innerWidth")
+        assert opened.run("document.querySelectorAll('svg').length") == 5
+    assert opened.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    quiet(opened, tmp_path)
+
+
+def test_a_table_is_sorted_by_keyboard(opened: Browser, tmp_path: Path) -> None:
+    before = column(opened, 2)
+    opened.run("document.querySelectorAll('#models th button')[2].focus()")
+    opened.press("Enter", 13)
+    sizes = [int(text.replace(",", "")) for text in column(opened, 2)]
+    assert sizes == sorted(sizes) != [int(text.replace(",", "")) for text in before]
+    opened.press("Enter", 13)
+    assert [int(text.replace(",", "")) for text in column(opened, 2)] == sorted(sizes, reverse=True)
+    assert opened.run("document.querySelectorAll('#models th')[2].getAttribute('aria-sort')") == "descending"
+    opened.run("document.querySelectorAll('#models th button')[4].click()")
+    errors = column(opened, 4)
+    assert errors[-1] == ""
+    opened.run("document.querySelectorAll('#models th button')[4].click()")
+    assert column(opened, 4)[-1] == ""  # what has no value is last either way
+    assert column(opened, 4)[:-1] == errors[-2::-1]
+    quiet(opened, tmp_path)
+
+
+def test_the_slider_shows_one_model_at_a_time(opened: Browser, report: Report, tmp_path: Path) -> None:
+    shown = "[...document.querySelectorAll('.slide')].filter(s => s.children[0].offsetParent).map(s => s.dataset.label)"
+    opened.run("document.getElementById('samples-slider').focus()")
+    for row in report.models:
+        assert opened.run(shown) == [row.label]
+        assert opened.run("document.querySelector('#samples output').textContent") == row.label
+        opened.press("ArrowRight", 39)
+    assert (
+        opened.run("document.getElementById('samples-slider').getAttribute('aria-valuetext')")
+        == report.models[-1].label
+    )
+    opened.look(1280, 900, "light", "print")
+    assert opened.run(shown) == [row.label for row in report.models]
+    quiet(opened, tmp_path)
+
+
+def test_dots_and_boxes_tell_what_they_are(opened: Browser, report: Report, tmp_path: Path) -> None:
+    opened.run("document.querySelector('#pareto [data-tip]').focus()")
+    told = opened.run("document.getElementById('tip').textContent")
+    assert report.models[0].label in told
+    assert f"{report.models[0].file_bytes:,} bytes" in told
+    opened.press("Escape", 27)
+    assert opened.run("document.getElementById('tip').hidden")
+    opened.run("document.getElementById('lineage').scrollIntoView()")
+    opened.settle()
+    x, y = opened.run(
+        "(() => { const b = [...document.querySelectorAll('#lineage [data-tip]')].pop().getBoundingClientRect();"
+        " return [b.left + b.width / 2, b.top + b.height / 2] })()"
+    )
+    opened.point(x, y)
+    assert "comparison/" in opened.run("document.getElementById('tip').textContent")
+    assert not opened.run("document.getElementById('tip').hidden")
+    quiet(opened, tmp_path)
+
+
+def test_the_heat_map_tells_the_cell_under_pointer_and_cursor(opened: Browser, report: Report, tmp_path: Path) -> None:
+    ((_, subject),) = report.fisher.items()
+    names = [name for members in subject.weight_groups.values() for name in members]
+    opened.run("document.querySelector('.cells').focus()")
+    for key, code in (("ArrowDown", 40), ("ArrowDown", 40), ("ArrowRight", 39), ("ArrowLeft", 37)):
+        opened.press(key, code)
+    value = float(subject.table.entries[names[2]].mean[0])
+    first = int(subject.table.timesteps[0])
+    told = opened.run("document.querySelector('.readout').textContent")
+    assert told.startswith(f"{names[2]}, t = {first}: ")
+    assert float(told.rpartition(" ")[2]) == pytest.approx(value, rel=6e-3)
+    opened.run("document.querySelector('.cells').scrollIntoView({block: 'end'})")
+    opened.settle()
+    x, y, width, height = opened.run(
+        "(() => { const b = document.querySelector('.cells').getBoundingClientRect();"
+        " return [b.left, b.top, b.width, b.height] })()"
+    )
+    opened.point(x + width - 1, y + height - 1)
+    last = int(subject.table.timesteps[-1])
+    assert opened.run("document.querySelector('.readout').textContent").startswith(f"{names[-1]}, t = {last}: ")
+    quiet(opened, tmp_path)
+
+
+def test_the_theme_follows_the_system_until_the_button_is_used(opened: Browser, tmp_path: Path) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = opened.run(ground)
+    opened.look(1280, 900, "dark")
+    dark = opened.run(ground)
+    assert light != dark
+    assert opened.run("document.getElementById('theme').textContent") == "Light"
+    opened.run("document.getElementById('theme').click()")
+    assert opened.run(ground) == light
+    opened.look(1280, 900, "dark", "print")
+    assert opened.run("getComputedStyle(document.documentElement).getPropertyValue('--card').trim()") == "#fff"
+    quiet(opened, tmp_path)
+
+
+def test_hostile_text_runs_nothing(browser: Browser, hostile_page: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(hostile_page)
+    browser.problems.clear()
+    browser.requests.clear()
+    browser.open(path)
+    assert browser.run("typeof window.hacked") == "undefined"
+    quiet(browser, tmp_path)
