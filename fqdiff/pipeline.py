@@ -89,6 +89,9 @@ STAGES: Mapping[str, Stage] = {
         "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")
     ),
     "calibrate": Stage("calibration", "fqdiff.stages.calibrate:calibrate", ("checkpoint", "fisher", "dataset")),
+    "reconstruct": Stage(
+        "quantized", "fqdiff.stages.reconstruct:reconstruct_blocks", ("checkpoint", "model", "calibration")
+    ),
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
     ),

@@ -8,7 +8,14 @@ import typer
 from fqdiff.cli.output import copy_out
 from fqdiff.cli.session import Session, common, of_checkpoint, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
-from fqdiff.configs import ACTIVATION_FORMATS, ACTIVATION_RANGES, SOFTMAXES, ActivationConfig, QuantizeConfig
+from fqdiff.configs import (
+    ACTIVATION_FORMATS,
+    ACTIVATION_RANGES,
+    SOFTMAXES,
+    ActivationConfig,
+    QuantizeConfig,
+    ReconstructConfig,
+)
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
 
 ACTIVATIONS = "Activations"
+RECONSTRUCTION = "Block reconstruction"
 
 
 @common()
@@ -72,6 +80,54 @@ def quantize(
             help="How far a step moves a weight, in steps of its grid.", show_default=f"{QuantizeConfig.distill_rate}"
         ),
     ] = None,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct",
+            help="Learn which way each weight is rounded, block by block, on a calibration set.",
+            show_default="no-reconstruct",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each block, at most.",
+            show_default=f"{ReconstructConfig.iterations}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inputs of each step.",
+            show_default=f"{ReconstructConfig.batch}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate.", show_default=f"{ReconstructConfig.rate}", rich_help_panel=RECONSTRUCTION),
+    ] = None,
+    reconstruct_inputs: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Inputs of the calibration set that are used, at most.",
+            show_default=f"{ReconstructConfig.inputs}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for all blocks; the schedule is shortened to fit.",
+            show_default="as long as it takes",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
     activations: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +139,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration set to take their ranges from.",
+            help="Calibration set to take their ranges from, and to reconstruct on.",
             show_default="the latest of the model",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
@@ -151,6 +207,13 @@ def quantize(
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
+    of_reconstruction = {
+        "iterations": reconstruct_iterations,
+        "batch": reconstruct_batch,
+        "rate": reconstruct_rate,
+        "inputs": reconstruct_inputs,
+        "minutes": reconstruct_minutes,
+    }
     of_activations = {
         "format": activations,
         "range": activation_range,
@@ -173,7 +236,8 @@ def quantize(
         distill_batch=distill_batch,
         distill_rate=distill_rate,
     )
-    manifest = session.make(activations_step(session, chosen, weights, calibration, of_activations))
+    rounded = reconstruct_step(session, chosen, weights, calibration, reconstruct, of_reconstruction)
+    manifest = session.make(activations_step(session, chosen, rounded, calibration, of_activations))
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
@@ -222,8 +286,42 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
 
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
-    """The step that carries out a plan with the settings of the file alone, those of its activations among them."""
-    return activations_step(session, plan_manifest, quantize_step(session, plan_manifest))
+    """The step that carries out a plan with the settings of the file alone, rounding and activations among them."""
+    rounded = reconstruct_step(session, plan_manifest, quantize_step(session, plan_manifest))
+    return activations_step(session, plan_manifest, rounded)
+
+
+def reconstruct_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    weights: "Step",
+    calibration: str | None = None,
+    asked: bool | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that learns the rounding of what ``weights`` makes; ``weights`` itself where nothing asks for that.
+
+    ``asked`` decides; else a table of the file does by being there. On ``calibration``, else on the latest set of the plan's
+    checkpoint.
+    """
+    from fqdiff.pipeline import Step
+
+    if not (asked if asked is not None else "reconstruct" in session.tables()):
+        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of a reconstruction that is not asked for", "add --reconstruct")
+        return weights
+    for name, what in (("bias_correction", "biases corrected"), ("distill", "weights distilled")):
+        if getattr(weights.config, name) != getattr(QuantizeConfig, name):
+            raise ConfigError(f"{what} before their rounding is learned", f"leave --{name.replace('_', '-')} out")
+    config = session.settings("reconstruct", ReconstructConfig, {}, **(flags or {}))
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    inputs: dict[str, Step | Manifest] = {
+        "checkpoint": checkpoint,
+        "model": weights,
+        "calibration": of_checkpoint(session, "calibration", checkpoint.id, calibration),
+    }
+    return Step("reconstruct", inputs, config, session.seed)
 
 
 def activations_step(
@@ -235,14 +333,16 @@ def activations_step(
 ) -> "Step":
     """The step that quantizes the activations of what ``weights`` makes; ``weights`` itself where nothing asks for that.
 
-    Ranges come from ``calibration``, else from the latest set of the plan's checkpoint.
+    ``weights`` may have been reconstructed on ``calibration`` before. Ranges come from ``calibration``, else from the latest
+    set of the plan's checkpoint.
     """
     from fqdiff.pipeline import Step
 
+    unread = calibration is not None and "calibration" not in weights.inputs
     given = {name for name, value in (flags or {}).items() if value is not None}
     in_file = session.tables().get("activations", {})
     if not given & {"format"} and "format" not in in_file:
-        unused = sorted(given | ({"calibration"} if calibration is not None else set()) | set(in_file))
+        unused = sorted(given | ({"calibration"} if unread else set()) | set(in_file))
         if unused:
             raise ConfigError(f"{', '.join(unused)} of activations that stay float32", "add --activations int8")
         return weights
@@ -253,6 +353,6 @@ def activations_step(
     }
     if not config.dynamic:
         inputs["calibration"] = of_checkpoint(session, "calibration", inputs["checkpoint"].id, calibration)
-    elif calibration is not None:
+    elif unread:
         raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")
     return Step("activations", inputs, config)
