@@ -38,10 +38,8 @@ from fqdiff.values import Checkpoint, QuantizedCheckpoint
 PENALTY = 10.0
 HELD_OUT = 8
 MEMORY = 2**30  # bytes of inputs and targets held for one block; a block with larger ones gets fewer, evenly spread
-CHECKS = 40  # how often the schedule measures the hard rounding
-PATIENCE = 8  # checks without a better one, once the penalty acts, after which the block is done
-BETTER = 0.999  # how much lower an error has to be to count as better
-DECIDED = 0.001  # the share of undecided weights below which nothing can change any more
+CHECKS = 20  # how often the schedule measures the hard rounding
+DECIDED = 0.001  # the share of undecided weights below which the error can fall no further, and the block is done
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def reconstruct(
         for done, (block, names) in enumerate(blocks.items()):
             started = time.monotonic()
             codes = None
-            part = context.parts.load(f"block-{block}")
+            part = context.parts.load(block)
             if part is not None:
                 codes, seconds = restore(part, {name: roundings[name] for name in names})
                 spent += seconds
@@ -116,7 +114,7 @@ def reconstruct(
                 codes = {f"{block}.{name}": c for name, c in learned.codes.items()}
                 spent += time.monotonic() - started
                 streams = {name: pack(c.cpu(), roundings[name].start.format.bits) for name, c in codes.items()}
-                context.parts.save(f"block-{block}", Part(streams, {"seconds": time.monotonic() - started}))
+                context.parts.save(block, Part(streams, {"seconds": time.monotonic() - started}))
             for name in names:
                 packed[name] = roundings[name].packed(codes[name])
                 network.get_parameter(name).copy_(roundings[name].cpu().values(codes[name].cpu()))
@@ -216,9 +214,10 @@ def learn_block(
 ) -> Learned:
     """Codes for the parameters of ``block`` that ``roundings`` names; its others stay as they are.
 
-    The schedule has ``config.iterations`` steps, fewer where the held-out error has stopped falling or nothing is left to
-    decide; with a ``deadline`` (of time.monotonic) before its end it goes by the clock, and is complete by then. ``tell``
-    is told how many steps are done, and how it stands; all of the schedule in the end. Raises NumericalError on NaN.
+    The schedule has ``config.iterations`` steps, fewer where nothing is left to decide: a flat held-out error half-way is no
+    reason to stop, since much of its fall comes when the last weights have to choose. With a ``deadline`` (of
+    time.monotonic) before its end it goes by the clock, and is complete by then. ``tell`` is told how many steps are done, and
+    how it stands; all of the schedule in the end. Raises NumericalError on NaN.
     """
     device = next(iter(roundings.values())).v.device
     held = torch.arange(len(data.target)) % HELD_OUT == 0
@@ -237,8 +236,8 @@ def learn_block(
         tell(config.iterations, "exact")
         return Learned(best, (0.0,))
     optimizer = torch.optim.Adam([r.v for r in roundings.values()], lr=config.rate)
-    every, started = max(1, config.iterations // CHECKS), time.monotonic()
-    errors, lowest, since = [1.0], 1.0, 0
+    every, started = math.ceil(config.iterations / CHECKS), time.monotonic()
+    errors, lowest = [1.0], 1.0
     step, progress = 0, 0.0
     while progress < 1:
         beta = annealed_beta(progress)
@@ -254,10 +253,9 @@ def learn_block(
             continue
         codes = {name: r.codes() for name, r in roundings.items()}
         errors.append(measure(codes) / stored)
-        since = 0 if errors[-1] < BETTER * lowest or beta is None else since + 1
         if errors[-1] < lowest:
             best, lowest = codes, errors[-1]
-        if since >= PATIENCE or undecided(roundings) < DECIDED:
+        if undecided(roundings) < DECIDED:
             break
     tell(config.iterations - step, f"error x {lowest:.3f}")
     return Learned(best, tuple(errors))
