@@ -59,7 +59,15 @@ def calibration(checkpoint: Checkpoint) -> CalibrationSet:
 
 @pytest.fixture(scope="module")
 def stored(checkpoint: Checkpoint) -> QuantizedCheckpoint:
-    return quantize(checkpoint, low_plan(checkpoint, "int3"), None, QuantizeConfig(), 0, Context())
+    """int3 but for stem, head and one tensor each of formats that have no rounding to learn."""
+    made = quantize(checkpoint, low_plan(checkpoint, "int3"), None, QuantizeConfig(), 0, Context())
+    others = {f"block3.res1.conv{k}.weight": name for k, name in ((1, "codebook3"), (2, "ternary"))} | {
+        "block4.res1.conv1.weight": "float8_e4m3"
+    }
+    changed = {
+        name: pack_tensor(checkpoint.tensors[name], get_format(fmt), PerChannel(0)) for name, fmt in others.items()
+    }
+    return replace(made, packed={**made.packed, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +361,7 @@ def test_only_codes_of_integers_change_and_only_by_one(
     checkpoint: Checkpoint, stored: QuantizedCheckpoint, short: QuantizedCheckpoint
 ) -> None:
     changed = 0
+    assert {p.format.kind for p in stored.packed.values()} == {"cast", "integer", "codebook", "ternary", "float"}
     for name, p in stored.packed.items():
         new = short.packed[name]
         if not can_learn_rounding(p.format, p.granularity):

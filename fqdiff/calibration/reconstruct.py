@@ -31,7 +31,6 @@ from fqdiff.errors import ConfigError, NumericalError
 from fqdiff.models.registry import reconstruction_blocks
 from fqdiff.quant.adaround import LearnedRounding, annealed_beta, can_learn_rounding, rounding_penalty
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
-from fqdiff.quant.packing import pack, unpack
 from fqdiff.rng import generator
 from fqdiff.values import Checkpoint, QuantizedCheckpoint
 
@@ -75,50 +74,44 @@ def reconstruct(
     Raises LineageError where codes are not ``checkpoint``'s weights rounded, NumericalError where outputs are no numbers.
     """
     device = context.device
-    roundings = {
-        name: LearnedRounding(name, checkpoint.tensors[name], p)
-        for name, p in model.packed.items()
-        if can_learn_rounding(p.format, p.granularity)
-    }
+
+    def rounding(name: str) -> LearnedRounding:
+        return LearnedRounding(name, checkpoint.tensors[name], model.packed[name])
+
+    learnable = [name for name, p in model.packed.items() if can_learn_rounding(p.format, p.granularity)]
+    for name in learnable:
+        rounding(name)  # what is to be refused is refused before the work begins; kept are those of one block at a time
     full = checkpoint.network().to(device)
-    stored = {name: unpack_tensor(p) for name, p in model.packed.items()}
-    network = model.spec.network(stored).to(device)
+    network = model.spec.network({name: unpack_tensor(p) for name, p in model.packed.items()}).to(device)
     packed = dict(model.packed)
     blocks = {
         block: names
         for block in reconstruction_blocks(network)
-        if (names := [name for name in roundings if name.startswith(f"{block}.")])
+        if (names := [name for name in learnable if name.startswith(f"{block}.")])
     }
-    spent = 0.0
+    chosen, spent = spread(inputs, config.inputs), 0.0
     with context.progress(len(blocks) * config.iterations, "reconstruct", "step") as bar:
         for done, (block, names) in enumerate(blocks.items()):
             started = time.monotonic()
-            codes = None
+            own = {name.removeprefix(f"{block}."): rounding(name).to(device) for name in names}
             part = context.parts.load(block)
             if part is not None:
-                codes, seconds = restore(part, {name: roundings[name] for name in names})
-                spent += seconds
+                codes, seconds = restore(part, own)
                 bar.update(config.iterations)
             else:
-                data = capture(full, network, block, spread(inputs, config.inputs), device)
+                data = capture(full, network, block, chosen, device)
                 share = (60 * config.minutes - spent) / (len(blocks) - done) if config.minutes else math.inf
-                learned = learn_block(
-                    network.get_submodule(block),
-                    {name.removeprefix(f"{block}."): roundings[name].to(device) for name in names},
-                    data,
-                    config,
-                    generator(seed, "reconstruct", block),
-                    started + share,
-                    partial(_tell, bar, block),
-                )
-                codes = {f"{block}.{name}": c for name, c in learned.codes.items()}
-                spent += time.monotonic() - started
-                streams = {name: pack(c.cpu(), roundings[name].start.format.bits) for name, c in codes.items()}
-                context.parts.save(block, Part(streams, {"seconds": time.monotonic() - started}))
-            for name in names:
-                packed[name] = roundings[name].packed(codes[name])
-                network.get_parameter(name).copy_(roundings[name].cpu().values(codes[name].cpu()))
-                roundings.pop(name)
+                draw = generator(seed, "reconstruct", block)
+                tell = partial(_tell, bar, block)
+                module = network.get_submodule(block)
+                codes = learn_block(module, own, data, config, draw, started + share, tell).codes
+                seconds = time.monotonic() - started
+                streams = {name: r.packed(codes[name]).parts["codes"] for name, r in own.items()}
+                context.parts.save(block, Part(streams, {"seconds": seconds}))
+            spent += seconds
+            for name, r in own.items():
+                packed[f"{block}.{name}"] = r.packed(codes[name])
+                network.get_parameter(f"{block}.{name}").copy_(r.values(codes[name]))
     return packed
 
 
@@ -127,7 +120,7 @@ def _tell(bar: Bar, block: str, steps: int, text: str) -> None:
     bar.show(f"{block}: {text}")
 
 
-def restore(part: Part, roundings: Mapping[str, LearnedRounding]) -> tuple[dict[str, Tensor], float]:
+def restore(part: Part, roundings: Mapping[str, LearnedRounding]) -> tuple[Mapping[str, Tensor], float]:
     """Codes and seconds of a block that is done. Raises ConfigError where they do not fit."""
     seconds = part.data.get("seconds")
     fits = isinstance(seconds, float) and part.tensors.keys() == roundings.keys()
@@ -137,7 +130,7 @@ def restore(part: Part, roundings: Mapping[str, LearnedRounding]) -> tuple[dict[
     if not fits:
         raise ConfigError("the saved reconstruction is of another recipe", "start over with --force")
     assert isinstance(seconds, float)
-    return {n: unpack(part.tensors[n], r.start.format.bits, r.start.shape) for n, r in roundings.items()}, seconds
+    return {name: r.unpacked(part.tensors[name]) for name, r in roundings.items()}, seconds
 
 
 # --- what a block sees -----------------------------------------------------------------------------------------------

@@ -96,7 +96,11 @@ class LearnedRounding(nn.Module):
 
     def stored_codes(self) -> Tensor:
         """The codes that the tensor came with, uint8 in its shape."""
-        return unpack(self.start.parts["codes"], self.start.format.bits, self.start.shape).to(self.v.device)
+        return self.unpacked(self.start.parts["codes"])
+
+    def unpacked(self, stream: Tensor) -> Tensor:
+        """The codes that ``stream`` holds, uint8 in the shape of the tensor."""
+        return unpack(stream, self.start.format.bits, self.start.shape).to(self.v.device)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
