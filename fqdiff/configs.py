@@ -556,6 +556,30 @@ class QuantizeConfig:
             )
 
 
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """How the rounding of weights is learned, block by block: at most ``iterations`` optimizer steps on ``batch`` inputs each.
+
+    ``rate``: learning rate of Adam. ``inputs``: so many of the calibration set at most, evenly spread. ``minutes``: how long
+    it may take in all, 0 for as long as it takes.
+    """
+
+    iterations: int = 1000
+    batch: int = 32
+    rate: float = 0.1
+    inputs: int = 1024
+    minutes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch"):
+            require(getattr(self, name) >= 1, f"reconstruction's {name} is {getattr(self, name)}", "use 1 or more")
+        require(self.inputs >= 2, f"reconstruction's inputs is {self.inputs}", "use 2 or more, e.g. 1024")
+        require(0 < self.rate <= 1, f"reconstruction's rate is {self.rate}", "use 0.0001 to 1, e.g. 0.01")
+        require(
+            0 <= self.minutes < float("inf"), f"reconstruction's minutes is {self.minutes}", "use 0 (no limit) or more"
+        )
+
+
 ACTIVATION_BITS = (8, 6, 4)
 ACTIVATION_FORMATS = (*(f"int{bits}" for bits in ACTIVATION_BITS), *(f"int{bits}sym" for bits in ACTIVATION_BITS))
 ACTIVATION_RANGES = ("min-max", "percentile", "mse", "l1", "cosine", "kl")

@@ -92,6 +92,9 @@ STAGES: Mapping[str, Stage] = {
         "quantized", "fqdiff.stages.quantize:quantize_reparameterized", ("checkpoint", "plan", "calibration")
     ),
     "calibrate": Stage("calibration", "fqdiff.stages.calibrate:calibrate", ("checkpoint", "fisher", "dataset")),
+    "reconstruct": Stage(
+        "quantized", "fqdiff.stages.reconstruct:reconstruct_blocks", ("checkpoint", "model", "calibration")
+    ),
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
     ),

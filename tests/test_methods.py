@@ -78,7 +78,7 @@ def test_a_bundle_is_the_flags_that_it_prints(store: Path, name: str, activation
     ("arguments", "message"),
     [
         (("int4", "--method", "gptq"), "unknown method 'gptq'"),
-        (("int4", "--method", "q-diffusion"), "q-diffusion lacks block reconstruction"),
+        (("int4", "--method", "q-diffusion"), "q-diffusion lacks learned steps"),
         (("int4", "--method", "tdq"), "tdq lacks the network"),
         (("int4", "--method", "squant"), "squant has the rounding squant; the plan has nearest"),
         (("by-mse", "--method", "linear"), "linear has the range min-max; the plan has mse"),

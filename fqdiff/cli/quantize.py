@@ -15,6 +15,7 @@ from fqdiff.configs import (
     ActivationConfig,
     NoiseCorrectionConfig,
     QuantizeConfig,
+    ReconstructConfig,
 )
 from fqdiff.errors import ConfigError
 from fqdiff.methods import METHODS, Bundle, get_bundle
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fqdiff.values import Plan
 
 ACTIVATIONS = "Activations"
+RECONSTRUCTION = "Block reconstruction"
 PREDICTION = "What the network predicts"
 CORRECTION = "noise-correction"  # stage, and table of the settings file
 
@@ -87,6 +89,54 @@ def quantize(
             help="How far a step moves a weight, in steps of its grid.", show_default=f"{QuantizeConfig.distill_rate}"
         ),
     ] = None,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct",
+            help="Learn which way each weight is rounded, block by block, on a calibration set.",
+            show_default="no-reconstruct",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each block, at most.",
+            show_default=f"{ReconstructConfig.iterations}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inputs of each step.",
+            show_default=f"{ReconstructConfig.batch}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_rate: Annotated[
+        float | None,
+        typer.Option(help="Learning rate.", show_default=f"{ReconstructConfig.rate}", rich_help_panel=RECONSTRUCTION),
+    ] = None,
+    reconstruct_inputs: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Inputs of the calibration set that are used, at most.",
+            show_default=f"{ReconstructConfig.inputs}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for all blocks; the schedule is shortened to fit.",
+            show_default="as long as it takes",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
     activations: Annotated[
         str | None,
         typer.Option(
@@ -98,7 +148,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration set for ranges of activations, --reparameterize, --noise-correction.",
+            help="Calibration set for --reconstruct, ranges of activations, --reparameterize, --noise-correction.",
             show_default="the latest of the model",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
@@ -191,6 +241,13 @@ def quantize(
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
+    of_reconstruction = {
+        "iterations": reconstruct_iterations,
+        "batch": reconstruct_batch,
+        "rate": reconstruct_rate,
+        "inputs": reconstruct_inputs,
+        "minutes": reconstruct_minutes,
+    }
     of_activations = {
         "format": activations,
         "range": activation_range,
@@ -218,7 +275,11 @@ def quantize(
     reparameterize = reparameterize or bundle.reparameterize
     if reparameterize:
         weights = reparameterized_step(session, chosen, weights, calibration)
-    shared = corrected or reparameterize
+        if reconstruct or "reconstruct" in session.tables():
+            raise ConfigError("reconstruction of weights that were reparameterized", "leave one of the two out")
+    else:
+        weights = reconstruct_step(session, chosen, weights, calibration, reconstruct, of_reconstruction)
+    shared = corrected or reparameterize or weights.stage == "reconstruct"
     rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
     step = correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
     facts: dict[str, object] = {}
@@ -320,8 +381,42 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
-    rounded = activations_step(session, plan_manifest, quantize_step(session, plan_manifest))
+    weights = reconstruct_step(session, plan_manifest, quantize_step(session, plan_manifest))
+    rounded = activations_step(session, plan_manifest, weights)
     return correction_step(session, plan_manifest, rounded, None, CORRECTION in session.tables())
+
+
+def reconstruct_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    weights: "Step",
+    calibration: str | None = None,
+    asked: bool | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that learns the rounding of what ``weights`` makes; ``weights`` itself where nothing asks for that.
+
+    ``asked`` decides; else a table of the file does by being there. On ``calibration``, else on the latest set of the plan's
+    checkpoint.
+    """
+    from fqdiff.pipeline import Step
+
+    if not (asked if asked is not None else "reconstruct" in session.tables()):
+        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of a reconstruction that is not asked for", "add --reconstruct")
+        return weights
+    for name, what in (("bias_correction", "biases corrected"), ("distill", "weights distilled")):
+        if getattr(weights.config, name) != getattr(QuantizeConfig, name):
+            raise ConfigError(f"{what} before their rounding is learned", f"leave --{name.replace('_', '-')} out")
+    config = session.settings("reconstruct", ReconstructConfig, {}, **(flags or {}))
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    inputs: dict[str, Step | Manifest] = {
+        "checkpoint": checkpoint,
+        "model": weights,
+        "calibration": of_checkpoint(session, "calibration", checkpoint.id, calibration),
+    }
+    return Step("reconstruct", inputs, config, session.seed)
 
 
 def activations_step(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fqdiff.errors import ConfigError
-from fqdiff.models.unet import UNet, UNetConfig, block_of, concat_boundaries, normed_convolutions
+from fqdiff.models.unet import RECONSTRUCTED, UNet, UNetConfig, block_of, concat_boundaries, normed_convolutions
 
 Architecture = Mapping[str, object]
 
@@ -58,6 +58,16 @@ def first_layer(network: nn.Module) -> str:
     """The layer that is given x_t."""
     assert isinstance(network, UNet)
     return "stem.conv"
+
+
+def reconstruction_blocks(network: nn.Module) -> list[str]:
+    """The modules that are reconstructed as a whole, in the order of computing: every parameter is in one of them."""
+    assert isinstance(network, UNet)
+    found: list[str] = []
+    for name, module in network.named_modules():
+        if isinstance(module, RECONSTRUCTED) and not any(name.startswith(f"{block}.") for block in found):
+            found.append(name)
+    return found
 
 
 def skip_boundaries(network: nn.Module) -> dict[str, int]:

@@ -237,6 +237,10 @@ class UNet(nn.Module):
         return out
 
 
+# What block reconstruction matches the output of: blocks with a shortcut and the head as a whole, else single layers.
+RECONSTRUCTED = (LearnedTimeEmbedding, ResBlock, Attention, Head, nn.Conv2d, nn.ConvTranspose2d)
+
+
 def concat_boundaries(config: UNetConfig) -> dict[str, int]:
     """The layers whose input is two tensors joined along the channels, and how many channels the first one has.
 

@@ -1,0 +1,49 @@
+"""Learn the rounding of a quantized model's weights, block by block, on a calibration set: the file keeps its size."""
+
+from dataclasses import replace
+
+from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.reconstruct import reconstruct
+from fqdiff.configs import ReconstructConfig
+from fqdiff.context import Context
+from fqdiff.errors import ConfigError, LineageError
+from fqdiff.quant.adaround import can_learn_rounding
+from fqdiff.quant.formats import PerElement
+from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
+
+
+def reconstruct_blocks(
+    checkpoint: Checkpoint,
+    model: QuantizedCheckpoint,
+    calibration: CalibrationSet | None,
+    config: ReconstructConfig,
+    seed: int,
+    context: Context,
+) -> QuantizedCheckpoint:
+    """``model`` with every integer weight rounded up or down as its block's output on ``calibration`` asks.
+
+    Batches are drawn with ``seed``. With ``config.minutes`` the result depends on the machine's speed as well. Raises
+    LineageError where the calibration set is missing or of another model than ``checkpoint``, or ``model`` was distilled, its
+    activations quantized, or its biases corrected by timestep for the rounding it has; ConfigError for phases, for kept elements
+    and where no weight is an integer; NumericalError on NaN.
+    """
+    if calibration is None:
+        raise LineageError("a reconstruction without a calibration set", "fqdiff calibrate")
+    if {name: p.shape for name, p in model.packed.items()} != {
+        n: tuple(t.shape) for n, t in checkpoint.tensors.items()
+    }:
+        raise LineageError("the quantized model is not of this checkpoint", "make it from its plan: fqdiff quantize")
+    calibration.check_model(checkpoint)
+    if model.activations:
+        raise LineageError("the activations of this model are quantized already", "reconstruct it before")
+    if model.timestep_bias:
+        raise LineageError("the biases of this model make up for the rounding it has", "leave --bias-correction out")
+    stored = model.packed.values()
+    if any(p.format.phase_bits for p in stored):
+        raise ConfigError("phases cannot be reconstructed", "leave --reconstruct out, or plan without phases")
+    if any(isinstance(p.granularity, PerElement) for p in stored):
+        raise ConfigError("kept elements cannot be reconstructed", "leave --reconstruct out, or plan without elements")
+    if not any(can_learn_rounding(p.format, p.granularity) for p in stored):
+        raise ConfigError("no weight of this model is an integer, so that there is no rounding to learn", "e.g. int4")
+    inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
+    return replace(model, packed=reconstruct(checkpoint, model, inputs, config, seed, context))
