@@ -100,10 +100,11 @@ METHODS: Mapping[str, Method] = {
             "Li et al., ICCV 2023, arXiv:2302.04304",
             2023,
             ("fqdiff calibrate --scheme uniform", "fqdiff quantize --reconstruct --activations int8 --split-skips"),
-            "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, and split scales of "
-            "activations where skips are joined",
-            "every layer that is given a joined skip is split, two of them through a norm, where the paper splits 1x1 shortcuts; "
-            "1,000 iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code takes 20,000 and the last",
+            "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, and split "
+            "scales of activations where skips are joined",
+            "every layer that is given a joined skip is split, two of them through a norm, where the paper splits 1x1 "
+            "shortcuts; 1,000 iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code "
+            "takes 20,000 and the last",
             "learned steps of activations, and split scales of weights",
         ),
         Method(
@@ -117,8 +118,8 @@ METHODS: Mapping[str, Method] = {
             "the slope has an intercept for each channel and the bias is the residual's mean, so that an error k eps + b is "
             "undone exactly, where the code leaks one into the other; the direction of a DDIM step keeps sigma, where the code "
             "puts sigma' there as well; of a velocity model, the velocity is corrected",
-            "its activations come from learned steps, here from ranges of least squared error, and its weights from block "
-            "reconstruction, which is --reconstruct and no part of the name; precision by timestep from signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
+            "its activations come from learned steps, here from ranges of least squared error, and its weights from "
+            "block reconstruction, which is --reconstruct and no part of the name; precision by timestep from signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
             Bundle({"range": "mse", "split_skips": False}, noise_correction=True),
         ),
         Method(
