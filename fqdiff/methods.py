@@ -119,7 +119,8 @@ METHODS: Mapping[str, Method] = {
             "undone exactly, where the code leaks one into the other; the direction of a DDIM step keeps sigma, where the code "
             "puts sigma' there as well; of a velocity model, the velocity is corrected",
             "its activations come from learned steps, here from ranges of least squared error, and its weights from "
-            "block reconstruction, which is --reconstruct and no part of the name; precision by timestep from signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
+            "block reconstruction, which is --reconstruct and no part of the name; precision by timestep from "
+            "signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
             Bundle({"range": "mse", "split_skips": False}, noise_correction=True),
         ),
         Method(
