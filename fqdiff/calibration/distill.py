@@ -1,8 +1,11 @@
-"""Distillation: train what a packed model stores until it predicts the noise that the full-precision one predicts.
+"""Distillation: train what a packed model stores until it predicts what the full-precision one predicts.
 
 No images are needed and no layout changes: the inputs are those of sampler runs of the full-precision model, and codes, scales,
 codebooks, biases and norms move (:mod:`fqdiff.quant.trainable`), so that the file keeps its size to the byte. After
 quantization-aware distillation for diffusion models (EfficientDM, He et al. 2024, arXiv:2310.03270, without its adapters).
+
+The loss is the error of the velocity, |dv|^2 = |d eps|^2 + |d x_0|^2 (Salimans and Ho 2022, arXiv:2202.00512, appendix D): that of
+the noise alone hardly counts the first steps of a run, where x_t is nearly all noise and an error of x_0 moves all that follows.
 
 The runs never end, so that no input comes twice: B walkers each follow a DDIM run of their own, staggered in t; one forward
 pass of the full-precision model gives the targets of a step and moves all walkers on.
@@ -33,6 +36,7 @@ from fqdiff.values import Checkpoint, ModelSpec, predict_noise
 RUN_STEPS = 32  # DDIM steps of one walk from noise to image
 GRID_RATE = 0.05  # learning rate of scales, codebooks, biases and norms, relative to that of the weights behind codes
 BETAS = (0.9, 0.99)
+LEAST_ABAR = 0.01  # |d x_0|^2 = |d eps|^2 (1 - abar) / abar, of networks that predict the noise, has no bound
 
 
 @dataclass
@@ -95,7 +99,8 @@ def distill(
 ) -> dict[str, PackedTensor]:
     """``packed`` after ``config.distill`` steps of Adam, in the same formats. A stopped run goes on.
 
-    The loss is 1/2 |eps_q - eps|^2, summed over pixels, mean over walkers. Raises NumericalError where it is no number.
+    The loss is 1/2 |v_q - v|^2 = 1/2 |eps_q - eps|^2 / abar, abar at least LEAST_ABAR, summed over pixels, mean over walkers.
+    Raises NumericalError where it is no number.
     """
     spec, device = checkpoint.spec, context.device
     teacher = checkpoint.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -113,7 +118,7 @@ def distill(
             distill_step(state, teacher, spec, schedule, config, seed, device)
             bar.update()
             recent = state.losses[-50:]
-            bar.show(f"noise error {sum(recent) / len(recent):.4f}")
+            bar.show(f"velocity error {sum(recent) / len(recent):.4f}")
             stopping = stop_requested()
             if stopping or time.monotonic() - last_save >= context.save_interval:
                 context.parts.save("distill", snapshot(state))
@@ -188,10 +193,10 @@ def distill_step(
         return found
 
     with torch.enable_grad():
-        predicted = predict_noise(spec, student)(x, t.to(device))
-        loss = 0.5 * (predicted - eps.to(device)).square().sum() / len(t)
+        error = predict_noise(spec, student)(x, t.to(device)) - eps.to(device)
+        loss = 0.5 * (error.square() / abar.clamp(min=LEAST_ABAR).to(device)).sum() / len(t)
     if not math.isfinite(loss.item()):
-        raise NumericalError(f"the noise error is {loss.item()} at step {len(state.losses)}", "lower --distill-rate")
+        raise NumericalError(f"the velocity error is {loss.item()} at step {len(state.losses)}", "lower --distill-rate")
     for group in state.optimizer.param_groups:
         group["lr"] = group["first"] * 0.5 * (1 + math.cos(math.pi * len(state.losses) / config.distill))
     state.optimizer.zero_grad(set_to_none=True)
