@@ -4,7 +4,7 @@ No images are needed and no layout changes: the inputs are those of sampler runs
 codebooks, biases and norms move (:mod:`fqdiff.quant.trainable`), so that the file keeps its size to the byte. After
 quantization-aware distillation for diffusion models (EfficientDM, He et al. 2024, arXiv:2310.03270, without its adapters).
 
-The loss is the error of the velocity, |dv|^2 = |d eps|^2 + |d x_0|^2 (Salimans and Ho 2022, arXiv:2202.00512, appendix D): that of
+The loss is the error of the velocity, |dv|^2 = |d eps|^2 + |d x_0|^2 (Salimans and Ho 2022, arXiv:2202.00512): that of
 the noise alone hardly counts the first steps of a run, where x_t is nearly all noise and an error of x_0 moves all that follows.
 
 The runs never end, so that no input comes twice: B walkers each follow a DDIM run of their own, staggered in t; one forward
