@@ -791,3 +791,10 @@ def test_the_command_quantizes_both_and_every_byte_is_accounted_for(tmp_path: Pa
     refused = call(store, "quantize", "int4", "--activations", "int8", "--calibration", "foreign")
     assert refused.exit_code == 1
     assert "is not of checkpoint" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["int8", "int8sym"])
+def test_parameters_have_the_shape_of_the_ranges(name: str) -> None:
+    low = -torch.rand(3, 5)
+    found = activation_qparams(low, torch.rand(3, 5), get_activation_format(name))
+    assert found.scale.shape == found.zero_point.shape == low.shape

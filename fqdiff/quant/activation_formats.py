@@ -71,8 +71,11 @@ def activation_qparams(low: Tensor, high: Tensor, fmt: ActivationFormat) -> QPar
 
     Unsigned and logarithmic formats begin at 0, whatever ``low`` is.
     """
-    if fmt.kind in ("affine", "symmetric"):
+    if fmt.kind == "affine":
         return range_qparams(low, high, get_format(fmt.name))
+    if fmt.kind == "symmetric":
+        scale = range_qparams(low, high, get_format(fmt.name)).scale
+        return QParams(scale, zero_points(fmt, scale))
     top = high.clamp(min=0).double()
     scale = stored_scale(top if fmt.kind == "log" else top / fmt.qmax, torch.float32)
     return QParams(scale, torch.zeros_like(scale, dtype=torch.uint8))

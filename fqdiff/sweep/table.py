@@ -31,9 +31,9 @@ TRAILING: dict[str, pa.DataType] = {**{f"{name}_id": pa.string() for name in IDS
 def make_table(rows: Sequence[Row], name: str) -> pa.Table:
     """``rows`` in the order of cells: what a cell is, the settings its file gives, its numbers, its ids, its error."""
     fixed = LEADING | NUMBERS | TRAILING
-    given = dict.fromkeys(column for row in rows for column in row if column not in fixed)
+    ordered = sorted(rows, key=lambda row: int(row["cell"]))  # whichever ended first: columns come in that order too
+    given = dict.fromkeys(column for row in ordered for column in row if column not in fixed)
     columns = [*LEADING, *given, *NUMBERS, *TRAILING]
-    ordered = sorted(rows, key=lambda row: int(row["cell"]))
     arrays = [pa.array([row.get(column) for row in ordered], fixed.get(column)) for column in columns]
     facts = {"fqdiff": json.dumps({"schema": SCHEMA, "sweep": name})}
     return pa.table(arrays, names=columns).replace_schema_metadata(facts)
