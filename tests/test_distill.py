@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqdiff.calibration.distill import RUN_STEPS, Walkers, begin, distill, restore, snapshot, stagger, teach
+from fqdiff.calibration.distill import RUN_STEPS, Pool, Walkers, begin, distill, restore, snapshot
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.diffusion.samplers import ddim_update
@@ -120,32 +120,33 @@ def test_squant_and_cut_ranges_start_at_what_is_stored() -> None:
 # --- walkers ---------------------------------------------------------------------------------------------------------
 
 
-def test_walkers_follow_ddim_from_their_noise_and_are_spread_over_the_run(checkpoint: Checkpoint) -> None:
-    """Every step of a walker replayed by hand, alone, from the noise of its run."""
+def test_walkers_follow_ddim_from_their_noise_and_the_pool_holds_what_they_meet(checkpoint: Checkpoint) -> None:
+    """Two runs and a bit of every walker, replayed by hand, alone, from the noise of its run."""
     spec, network = checkpoint.spec, checkpoint.network()
     schedule, total = spec.noise_schedule(), spec.noise_schedule().num_train_timesteps
-    walkers = Walkers.begin(spec, 4, seed=3)
-    stagger(walkers, network, schedule, 3, torch.device("cpu"))
-    assert walkers.position.tolist() == [31, 23, 15, 7]
-    seen: list[int] = []
-    for _ in range(RUN_STEPS + 5):
-        eps, abar, abar_next = teach(walkers, network, schedule, torch.device("cpu"))
-        seen += walkers.timesteps(total).tolist()
-        walkers.move(eps, abar, abar_next, 3)
+    walkers, steps = Walkers.begin(spec, 3, seed=3), 2 * RUN_STEPS + 5
+    pool = Pool.empty(spec, 3 * steps)
+    for where in torch.arange(3 * steps).split(3):
+        pool.put(where, walkers, network, schedule, 3)
     assert walkers.runs == 9
-    assert all(0 <= t < total for t in seen)
-    assert len(set(seen)) > 100  # offsets differ from run to run, so that all timesteps come up in the end
+    assert pool.t.min() >= 0
+    assert pool.t.max() < total
+    assert len(pool.t.unique()) > 100  # offsets differ from run to run, so that all timesteps come up in the end
 
-    draw = generator(3, "distill", 8)  # walker 0 begins anew first, and after all others again
+    draw = generator(3, "distill", 4)  # the second run of walker 1
     x = torch.randn(spec.image_shape, generator=draw)[None]
     offset = float(torch.rand(1, generator=draw, dtype=torch.float64))
-    for step in range(int(walkers.position[0])):
+    for step in range(RUN_STEPS):
         t, after = (int((RUN_STEPS - 1 - step - k + offset) * total / RUN_STEPS) for k in (0, 1))
+        place = 3 * (RUN_STEPS + step) + 1
         with torch.inference_mode():
             eps = network(x, torch.tensor([t]))
-        abar, abar_next = schedule.alphas_cumprod[t].float(), schedule.alphas_cumprod[after].float()
+        assert pool.t[place] == t
+        assert pool.abar[place] == schedule.alphas_cumprod[t].float()
+        torch.testing.assert_close(pool.x[place], x[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(pool.eps[place], eps[0], atol=1e-3, rtol=1e-3)
+        abar, abar_next = schedule.alphas_cumprod[t].float(), schedule.alphas_cumprod[max(after, 0)].float()
         x = ddim_update(x, eps, abar, abar_next if step < RUN_STEPS - 1 else torch.ones(()))
-    torch.testing.assert_close(walkers.x[:1], x, atol=1e-3, rtol=1e-3)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -154,12 +155,12 @@ def test_walkers_follow_ddim_from_their_noise_and_are_spread_over_the_run(checkp
 def noise_error(checkpoint: Checkpoint, model: QuantizedCheckpoint) -> float:
     """On inputs of other runs."""
     spec, network, small = checkpoint.spec, checkpoint.network(), model.network()
-    walkers = Walkers.begin(spec, 16, seed=99)
-    stagger(walkers, network, spec.noise_schedule(), 99, torch.device("cpu"))
-    t = walkers.timesteps(spec.noise_schedule().num_train_timesteps)
+    walkers, pool = Walkers.begin(spec, 4, seed=99), Pool.empty(spec, 4 * RUN_STEPS)
+    for where in torch.arange(4 * RUN_STEPS).split(4):
+        pool.put(where, walkers, network, spec.noise_schedule(), 99)
     with torch.inference_mode():
-        delta = small(walkers.x, t) - network(walkers.x, t)
-    return 0.5 * float(delta.square().sum()) / len(t)
+        delta = small(pool.x, pool.t) - pool.eps
+    return 0.5 * float(delta.square().sum()) / len(pool.t)
 
 
 def test_distillation_lowers_the_noise_error_on_other_inputs_at_the_same_size(

@@ -7,10 +7,11 @@ quantization-aware distillation for diffusion models (EfficientDM, He et al. 202
 The loss is the error of the velocity, |dv|^2 = |d eps|^2 + |d x_0|^2 (Salimans and Ho 2022, arXiv:2202.00512): that of
 the noise alone hardly counts the first steps of a run, where x_t is nearly all noise and an error of x_0 moves all that follows.
 
-The runs never end, so that no input comes twice: B walkers each follow a DDIM run of their own, staggered in t; one forward
-pass of the full-precision model gives the targets of a step and moves all walkers on.
+The runs never end, so that no input comes twice: B walkers each follow a DDIM run of their own; one forward pass of the
+full-precision model gives the targets of their inputs and moves all of them on. What they meet goes through a pool that is drawn
+from at random: taken as it comes, neighbouring steps would see the same images, and their gradients pull the same way.
 
-Shapes: B walkers, C channels, H W pixels.
+Shapes: B walkers, P inputs in the pool, C channels, H W pixels.
 """
 
 import math
@@ -36,6 +37,7 @@ from fqdiff.values import Checkpoint, ModelSpec, predict_noise
 RUN_STEPS = 32  # DDIM steps of one walk from noise to image
 GRID_RATE = 0.05  # learning rate of scales, codebooks, biases and norms, relative to that of the weights behind codes
 BETAS = (0.9, 0.99)
+POOL_STEPS = 64  # steps of all walkers that the pool holds: two whole runs, and so every part of a run alike
 LEAST_ABAR = 0.01  # |d x_0|^2 = |d eps|^2 (1 - abar) / abar, of networks that predict the noise, has no bound
 
 
@@ -52,7 +54,7 @@ class Walkers:
 
     @classmethod
     def begin(cls, spec: ModelSpec, count: int, seed: int) -> "Walkers":
-        """``count`` walkers before their first step, each to be noise when its turn comes."""
+        """``count`` walkers before their first step."""
         new = cls(
             torch.zeros(count, *spec.image_shape),
             torch.zeros(count, dtype=torch.int64),
@@ -85,12 +87,40 @@ class Walkers:
 
 
 @dataclass
+class Pool:
+    """Inputs and targets: ``x``, ``eps`` float32 [P, C, H, W], ``t`` int64 [P], ``abar`` float32 [P]."""
+
+    x: Tensor
+    eps: Tensor
+    t: Tensor
+    abar: Tensor
+
+    @classmethod
+    def empty(cls, spec: ModelSpec, count: int) -> "Pool":
+        """Room for ``count``."""
+        images = torch.zeros(count, *spec.image_shape)
+        return cls(images, images.clone(), torch.zeros(count, dtype=torch.int64), torch.zeros(count))
+
+    def put(self, where: Tensor, walkers: Walkers, predict: PredictNoise, schedule: NoiseSchedule, seed: int) -> None:
+        """What the walkers meet at the places ``where`` [B]; they take a step."""
+        t, following = (walkers.timesteps(schedule.num_train_timesteps, ahead) for ahead in (0, 1))
+        with torch.inference_mode():
+            eps = predict(walkers.x, t)
+        abar = schedule.alphas_cumprod[t].float()
+        abar_next = torch.where(following >= 0, schedule.alphas_cumprod[following.clamp(min=0)].float(), 1.0)
+        for own, new in ((self.x, walkers.x), (self.eps, eps), (self.t, t), (self.abar, abar)):
+            own[where] = new
+        walkers.move(eps.clone(), abar[:, None, None, None], abar_next[:, None, None, None], seed)
+
+
+@dataclass
 class Distillation:
     """Everything that a step changes. ``losses``: of each step done."""
 
     tensors: Mapping[str, TrainableTensor]
     optimizer: torch.optim.Adam
     walkers: Walkers
+    pool: Pool
     losses: list[float] = field(default_factory=list)
 
 
@@ -104,18 +134,25 @@ def distill(
     """
     spec, device = checkpoint.spec, context.device
     teacher = checkpoint.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    predict, schedule = predict_noise(spec, teacher), spec.noise_schedule()
+    schedule = spec.noise_schedule()
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return predict_noise(spec, teacher)(x.to(device), t.to(device)).cpu()
+
     state = begin(checkpoint, packed, config, seed, device)
     saved = context.parts.load("distill")
     if saved is not None:
         restore(state, saved)
     else:
-        stagger(state.walkers, predict, schedule, seed, device)
+        with context.progress(POOL_STEPS, "first inputs", "step") as bar:
+            for where in torch.arange(len(state.pool.t)).split(config.distill_batch):
+                state.pool.put(where, state.walkers, predict, schedule, seed)
+                bar.update()
     last_save = time.monotonic()
     with context.progress(config.distill, "distill", "step") as bar, context.soft_stop() as stop_requested:
         bar.update(len(state.losses))
         while len(state.losses) < config.distill:
-            distill_step(state, teacher, spec, schedule, config, seed, device)
+            distill_step(state, teacher, predict, spec, config, seed)
             bar.update()
             recent = state.losses[-50:]
             bar.show(f"velocity error {sum(recent) / len(recent):.4f}")
@@ -146,55 +183,28 @@ def begin(
     for group in groups:
         group["first"] = group["lr"]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    return Distillation(tensors, optimizer, Walkers.begin(checkpoint.spec, config.distill_batch, seed))
-
-
-def stagger(walkers: Walkers, predict: PredictNoise, schedule: NoiseSchedule, seed: int, device: torch.device) -> None:
-    """Spread the walkers evenly over a run: walker b of B is let go after b / B of it."""
-    count = len(walkers.x)
-    for step in range(RUN_STEPS - 1):
-        walking = torch.arange(count) * RUN_STEPS <= step * count
-        before = walkers.x.clone(), walkers.position.clone()
-        eps, abar, abar_next = teach(walkers, predict, schedule, device)
-        walkers.move(eps, abar, abar_next, seed)
-        walkers.x[~walking], walkers.position[~walking] = before[0][~walking], before[1][~walking]
-
-
-def teach(
-    walkers: Walkers, predict: PredictNoise, schedule: NoiseSchedule, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the full-precision model predicts, float32 [B, C, H, W], and abar of this timestep and the next [B, 1, 1, 1]."""
-    total = schedule.num_train_timesteps
-    t, following = walkers.timesteps(total), walkers.timesteps(total, ahead=1)
-    with torch.inference_mode():
-        eps = predict(walkers.x.to(device), t.to(device)).cpu()
-    abar = schedule.alphas_cumprod[t].float()
-    abar_next = torch.where(following >= 0, schedule.alphas_cumprod[following.clamp(min=0)].float(), torch.ones(len(t)))
-    return eps.clone(), abar[:, None, None, None], abar_next[:, None, None, None]
+    count = config.distill_batch
+    walkers, pool = Walkers.begin(checkpoint.spec, count, seed), Pool.empty(checkpoint.spec, POOL_STEPS * count)
+    return Distillation(tensors, optimizer, walkers, pool)
 
 
 def distill_step(
-    state: Distillation,
-    teacher: nn.Module,
-    spec: ModelSpec,
-    schedule: NoiseSchedule,
-    config: QuantizeConfig,
-    seed: int,
-    device: torch.device,
+    state: Distillation, teacher: nn.Module, predict: PredictNoise, spec: ModelSpec, config: QuantizeConfig, seed: int
 ) -> None:
-    """One optimizer step on where the walkers are, and one step of theirs. Rates fall to 0 by half a cosine."""
-    walkers = state.walkers
-    t = walkers.timesteps(schedule.num_train_timesteps)
-    eps, abar, abar_next = teach(walkers, predict_noise(spec, teacher), schedule, device)
-    x = walkers.x.to(device, memory_format=torch.channels_last)
+    """One optimizer step on inputs of the pool, which new ones replace. Rates fall to 0 by half a cosine."""
+    pool, device = state.pool, next(teacher.parameters()).device
+    draw = generator(seed, "distill batch", len(state.losses))
+    chosen = torch.randperm(len(pool.t), generator=draw)[: config.distill_batch]
+    x = pool.x[chosen].to(device, memory_format=torch.channels_last)
+    abar = pool.abar[chosen, None, None, None].to(device)
 
     def student(x: Tensor, t: Tensor) -> Tensor:
         found: Tensor = functional_call(teacher, {name: module() for name, module in state.tensors.items()}, (x, t))
         return found
 
     with torch.enable_grad():
-        error = predict_noise(spec, student)(x, t.to(device)) - eps.to(device)
-        loss = 0.5 * (error.square() / abar.clamp(min=LEAST_ABAR).to(device)).sum() / len(t)
+        error = predict_noise(spec, student)(x, pool.t[chosen].to(device)) - pool.eps[chosen].to(device)
+        loss = 0.5 * (error.square() / abar.clamp(min=LEAST_ABAR)).sum() / len(chosen)
     if not math.isfinite(loss.item()):
         raise NumericalError(f"the velocity error is {loss.item()} at step {len(state.losses)}", "lower --distill-rate")
     for group in state.optimizer.param_groups:
@@ -203,7 +213,7 @@ def distill_step(
     loss.backward()
     state.optimizer.step()
     state.losses.append(loss.item())
-    walkers.move(eps, abar, abar_next, seed)
+    pool.put(chosen, state.walkers, predict, spec.noise_schedule(), seed)
 
 
 def snapshot(state: Distillation) -> Part:
@@ -213,6 +223,7 @@ def snapshot(state: Distillation) -> Part:
         tensors |= {f"optimizer.{index}.{k}": v for k, v in values.items()}
     walkers = state.walkers
     tensors |= {"x": walkers.x, "position": walkers.position, "offset": walkers.offset}
+    tensors |= {f"pool.{name}": values for name, values in vars(state.pool).items()}
     tensors["losses"] = torch.tensor(state.losses, dtype=torch.float64)
     return Part({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"runs": walkers.runs})
 
@@ -236,6 +247,8 @@ def restore(state: Distillation, part: Part) -> None:
         for name in ("x", "position", "offset"):
             getattr(walkers, name).copy_(tensors[name])
         walkers.runs = runs
+        for name, values in vars(state.pool).items():
+            values.copy_(tensors[f"pool.{name}"])
         state.losses[:] = tensors["losses"].tolist()
     except (KeyError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
