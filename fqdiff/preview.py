@@ -6,7 +6,8 @@ from torch import Tensor
 from fqdiff.diffusion.samplers import ddim
 from fqdiff.evidence.features import to_uint8
 from fqdiff.rng import generator
-from fqdiff.values import ModelSpec, Tensors, predict_noise
+from fqdiff.values import ModelSpec, predict_noise
+from fqdiff.values.models import Tensors
 
 
 def preview(

@@ -1,0 +1,90 @@
+"""Every setting of every stage, with its default: plain data, no torch, so that ``--help`` can show it at once.
+
+A field is a recipe field: changing it changes the artifact's id. Where to compute (device, batch size) is not one.
+"""
+
+from fqdiff.configs.evidence import (
+    SAMPLERS,
+    ClassifierConfig,
+    CompareConfig,
+    FidConfig,
+    NoiseCorrectionConfig,
+    SampleConfig,
+)
+from fqdiff.configs.fisher import FISHER_KINDS, GRANULARITIES, VARIANCE_REDUCTIONS, FisherConfig, ValidateConfig
+from fqdiff.configs.models import PRESETS, DatasetConfig, ImportConfig, Preset, TrainConfig, get_preset
+from fqdiff.configs.plan import (
+    ELEMENT,
+    FITTED,
+    GROUPS,
+    INTEGERS,
+    PREDICTORS,
+    RANGES,
+    RIVALS,
+    ROUNDINGS,
+    SCALES,
+    SCORES,
+    STRATEGIES,
+    TARGETS,
+    TIMESTEP_WEIGHTS,
+    PlanConfig,
+)
+from fqdiff.configs.quantize import (
+    ACTIVATION_BITS,
+    ACTIVATION_FORMATS,
+    ACTIVATION_RANGES,
+    BIAS_CORRECTIONS,
+    CALIBRATION_SCHEMES,
+    SOFTMAXES,
+    ActivationConfig,
+    CalibrateConfig,
+    QuantizeConfig,
+    ReconstructConfig,
+)
+from fqdiff.configs.recipes import Config, config_from_data
+
+__all__ = [
+    "ACTIVATION_BITS",
+    "ACTIVATION_FORMATS",
+    "ACTIVATION_RANGES",
+    "BIAS_CORRECTIONS",
+    "CALIBRATION_SCHEMES",
+    "ELEMENT",
+    "FISHER_KINDS",
+    "FITTED",
+    "GRANULARITIES",
+    "GROUPS",
+    "INTEGERS",
+    "PREDICTORS",
+    "PRESETS",
+    "RANGES",
+    "RIVALS",
+    "ROUNDINGS",
+    "SAMPLERS",
+    "SCALES",
+    "SCORES",
+    "SOFTMAXES",
+    "STRATEGIES",
+    "TARGETS",
+    "TIMESTEP_WEIGHTS",
+    "VARIANCE_REDUCTIONS",
+    "ActivationConfig",
+    "CalibrateConfig",
+    "ClassifierConfig",
+    "CompareConfig",
+    "Config",
+    "DatasetConfig",
+    "FidConfig",
+    "FisherConfig",
+    "ImportConfig",
+    "NoiseCorrectionConfig",
+    "PlanConfig",
+    "Preset",
+    "QuantizeConfig",
+    "ReconstructConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "ValidateConfig",
+    "config_from_data",
+    "get_preset",
+]
