@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqdiff.calibration.distill import RUN_STEPS, Pool, Walkers, begin, distill, restore, snapshot
+from fqdiff.calibration.distill import RUN_STEPS, Pool, Walkers, begin, distill, distill_step, restore, snapshot
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.diffusion.samplers import ddim_update
@@ -21,7 +22,7 @@ from fqdiff.rng import generator
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.store.codecs import load_quantized, save_quantized
-from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint
+from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint, predict_noise
 
 FORMATS = (
     "int8",
@@ -174,6 +175,37 @@ def test_distillation_lowers_the_noise_error_on_other_inputs_at_the_same_size(
     assert (tmp_path / "model.safetensors").stat().st_size == low.file_bytes
     loaded = load_quantized(tmp_path).network().state_dict()
     assert all(torch.equal(t, loaded[name]) for name, t in better.network().state_dict().items())
+
+
+def test_a_step_takes_the_velocity_error_of_inputs_drawn_from_all_of_the_pool_and_replaces_them(
+    checkpoint: Checkpoint, low: Plan
+) -> None:
+    """The loss written out by hand, for the inputs that are gone after the step."""
+    spec, schedule, seed = checkpoint.spec, checkpoint.spec.noise_schedule(), 5
+    packed = quantize(checkpoint, low, None, QuantizeConfig(), 0, Context()).packed
+    student = QuantizedCheckpoint(spec, packed).network()
+    teacher = checkpoint.network()
+    state = begin(checkpoint, packed, FEW, seed, torch.device("cpu"))
+    for where in torch.arange(len(state.pool.t)).split(FEW.distill_batch):
+        state.pool.put(where, state.walkers, predict_noise(spec, teacher), schedule, seed)
+    places = []
+    for step in range(5):
+        before = deepcopy(state.pool)
+        distill_step(state, teacher, predict_noise(spec, teacher), spec, FEW, seed)
+        gone = (state.pool.x != before.x).flatten(1).any(dim=1).nonzero().flatten()
+        assert len(gone) == FEW.distill_batch
+        places.append(gone)
+        if step == 0:
+            abar = schedule.alphas_cumprod[before.t[gone]].double().clamp(min=0.01)
+            with torch.inference_mode():
+                error = predict_noise(spec, student)(before.x[gone], before.t[gone]) - before.eps[gone]
+            by_image = 0.5 * error.double().square().flatten(1).sum(dim=1)
+            assert state.losses[0] == pytest.approx(float((by_image / abar).mean()), rel=1e-4)
+            assert state.losses[0] > 1.05 * float(by_image.mean())
+    drawn = torch.cat(places)
+    assert drawn.min() < len(state.pool.t) / 4
+    assert drawn.max() > len(state.pool.t) * 3 / 4
+    assert all((gone.diff() > 1).any() for gone in places)  # neighbours in the pool come from neighbouring steps
 
 
 def test_the_seed_matters_and_a_stopped_run_ends_alike(checkpoint: Checkpoint, low: Plan) -> None:

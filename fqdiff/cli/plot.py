@@ -11,6 +11,10 @@ from fqdiff.errors import ArtifactNotFound, ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from matplotlib.figure import Figure
+
+    from fqdiff.store.manifest import Manifest
+
 app = typer.Typer(no_args_is_help=True, help="Draw pictures of artifacts.")
 ComparisonRefs = Annotated[
     list[str] | None,
@@ -19,6 +23,10 @@ ComparisonRefs = Annotated[
         show_default="the latest comparison",
         metavar="REF",
     ),
+]
+ImageFormat = Annotated[str, typer.Option("--format", help="png, svg or both.")]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder for the files.", show_default="pictures/KIND-ID in the store")
 ]
 
 
@@ -34,10 +42,8 @@ def fisher(
         list[str] | None,
         typer.Option(help="Draw only this one, e.g. heatmap-log; may be given again.", show_default="all that apply"),
     ] = None,
-    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/fisher-ID in the store")
-    ] = None,
+    image_format: ImageFormat = "both",
+    output: Output = None,
 ) -> None:
     """Draw a Fisher table: heat maps, curves, weights, errors."""
     from fqdiff.viz.figures import render
@@ -74,20 +80,16 @@ def plan(
     ref: Annotated[
         str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="REF")
     ] = None,
-    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/plan-ID in the store")
-    ] = None,
+    image_format: ImageFormat = "both",
+    output: Output = None,
 ) -> None:
     """Draw a plan: bits of every weight tensor beside its Fisher value."""
-    from fqdiff.viz.figures import render
     from fqdiff.viz.plan import bits_and_fisher
 
     formats = image_formats(image_format)
     manifest = session.resolve(ref, ("plan",))
     figure = bits_and_fisher(session.runner.load(manifest), f"plan {manifest.id}")
-    files = {f"bits.{one}": render(figure, one) for one in formats}
-    save_pictures(session, "plan", manifest.id, ["bits"], files, output)
+    save_figure(session, manifest, "bits", figure, formats, output)
 
 
 @app.command("compare", epilog="Example: fqdiff plot compare --format png")
@@ -97,21 +99,17 @@ def compare(
     ref: Annotated[
         str | None, typer.Argument(help="Comparison: name, id or prefix.", show_default="the latest", metavar="REF")
     ] = None,
-    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/comparison-ID in the store")
-    ] = None,
+    image_format: ImageFormat = "both",
+    output: Output = None,
 ) -> None:
     """Draw a comparison: image errors, and differences of FID with intervals."""
     from fqdiff.report.data import role_labels
     from fqdiff.viz.comparison import intervals
-    from fqdiff.viz.figures import render
 
     formats = image_formats(image_format)
     manifest = session.resolve(ref, ("comparison",))
     figure = intervals(session.runner.load(manifest), role_labels(session.store, manifest), f"comparison {manifest.id}")
-    files = {f"intervals.{one}": render(figure, one) for one in formats}
-    save_pictures(session, "comparison", manifest.id, ["intervals"], files, output)
+    save_figure(session, manifest, "intervals", figure, formats, output)
 
 
 @app.command("pareto", epilog="Example: fqdiff plot pareto --format svg")
@@ -119,14 +117,11 @@ def compare(
 def pareto(
     session: Session,
     refs: ComparisonRefs = None,
-    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/comparison-ID in the store")
-    ] = None,
+    image_format: ImageFormat = "both",
+    output: Output = None,
 ) -> None:
     """Draw file sizes against image error and FID, with intervals."""
     from fqdiff.report.data import collect, find_comparison
-    from fqdiff.viz.figures import render
     from fqdiff.viz.pareto import pareto as draw
 
     formats = image_formats(image_format)
@@ -136,8 +131,7 @@ def pareto(
     if not sizes:
         raise ArtifactNotFound(f"all models of comparison {manifest.id} are gone", "make them again: fqdiff compare")
     figure = draw(found.comparison, found.labels, sizes, f"comparison {manifest.id}")
-    files = {f"pareto.{one}": render(figure, one) for one in formats}
-    save_pictures(session, "comparison", manifest.id, ["pareto"], files, output)
+    save_figure(session, manifest, "pareto", figure, formats, output)
 
 
 @app.command("samples", epilog="Example: fqdiff plot samples --columns 12 --format png")
@@ -146,14 +140,11 @@ def samples(
     session: Session,
     refs: ComparisonRefs = None,
     columns: Annotated[int, typer.Option(min=1, max=64, help="Images of each model.")] = 12,
-    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/comparison-ID in the store")
-    ] = None,
+    image_format: ImageFormat = "both",
+    output: Output = None,
 ) -> None:
     """Draw samples of a comparison's models side by side, each column from the same noise."""
     from fqdiff.report.data import collect, find_comparison
-    from fqdiff.viz.figures import render
     from fqdiff.viz.samples import side_by_side
 
     formats = image_formats(image_format)
@@ -165,8 +156,7 @@ def samples(
     if not rows:
         raise ArtifactNotFound(f"all samples of comparison {manifest.id} are gone", "make them again: fqdiff compare")
     figure = side_by_side(rows, columns, f"comparison {manifest.id}")
-    files = {f"samples.{one}": render(figure, one) for one in formats}
-    save_pictures(session, "comparison", manifest.id, ["samples"], files, output)
+    save_figure(session, manifest, "samples", figure, formats, output)
 
 
 def image_formats(name: str) -> tuple[str, ...]:
@@ -177,6 +167,16 @@ def image_formats(name: str) -> tuple[str, ...]:
     if not set(formats) <= set(FORMATS):
         raise ConfigError(f"unknown format '{name}'", f"one of: {', '.join(FORMATS)}, both")
     return formats
+
+
+def save_figure(
+    session: Session, manifest: "Manifest", name: str, figure: "Figure", formats: tuple[str, ...], output: Path | None
+) -> None:
+    """Write one picture of an artifact in every format."""
+    from fqdiff.viz.figures import render
+
+    files = {f"{name}.{one}": render(figure, one) for one in formats}
+    save_pictures(session, manifest.kind, manifest.id, [name], files, output)
 
 
 def save_pictures(

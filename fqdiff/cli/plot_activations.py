@@ -1,11 +1,10 @@
 """``fqdiff plot activations``."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.plot import image_formats, save_pictures
+from fqdiff.cli.plot import ImageFormat, Output, image_formats, save_pictures
 from fqdiff.cli.session import STORE_OPTIONS, Session, common, only_input
 from fqdiff.errors import ConfigError
 
@@ -35,10 +34,8 @@ def activations(
         list[str] | None,
         typer.Option(help=f"Draw only this one of {', '.join(PICTURES)}; may be given again.", show_default="all"),
     ] = None,
-    image_format: Annotated[str, typer.Option("--format", help="png, svg or both.")] = "both",
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the files.", show_default="pictures/calibration-ID in the store")
-    ] = None,
+    image_format: ImageFormat = "both",
+    output: Output = None,
 ) -> None:
     """Draw what layers are given while the model samples: boxes and histograms by timestep, skips by channel."""
     import torch

@@ -6,6 +6,7 @@ several processes or machines can share the units: the images come out the same.
 Shapes: N images of a set, B of one batch, C channels, H W pixels.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -175,7 +176,6 @@ def batch_bytes(network: nn.Module, spec: ModelSpec, config: SampleConfig, devic
 
     def run() -> None:
         x = torch.zeros(batch, *spec.image_shape, device=device).to(memory_format=torch.channels_last)
-        for _ in run_sampler(predict, x, schedule, few, lambda: torch.zeros_like(x)):
-            pass
+        deque(run_sampler(predict, x, schedule, few, lambda: torch.zeros_like(x)), maxlen=0)
 
     return int(HEADROOM * peak_bytes(run))
