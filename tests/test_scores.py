@@ -175,6 +175,21 @@ def test_autorounds_value_takes_gradients_where_all_tensors_are_in_that_format(
             assert placed[name][1] == pytest.approx(expected, rel=1e-3)
 
 
+def test_autoround_has_no_option_that_it_measured_in_a_network_without_gradients(
+    checkpoint: Checkpoint, dataset: Dataset
+) -> None:
+    """A head so small that float16 rounds it to 0 passes no gradient on: every error would be free."""
+    head = "head.output.weight"
+    faint = replace(checkpoint, tensors={**checkpoint.tensors, head: 1e-9 * checkpoint.tensors[head]})
+    settings = by_rival("autoround", formats=("float32", "int6", "float16"))
+    for model, expected in ((checkpoint, True), (faint, False)):
+        options = make_offer(model, None, settings, SEED, Context(), dataset).market.options
+        offered = {name: {o.format for o in each} for name, each in options.items()}
+        assert ("float16" in offered["block4.res1.conv1.weight"]) is expected
+        assert "float16" in offered[head]  # whose own gradient comes from the loss
+        assert all({"float32", "int6"} <= offered[name] for name, tensor in model.tensors.items() if tensor.ndim >= 2)
+
+
 def test_alike_are_options_of_one_format_kind_of_granularity_and_range(
     checkpoint: Checkpoint, dataset: Dataset
 ) -> None:

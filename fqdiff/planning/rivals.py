@@ -92,7 +92,9 @@ def modelopt_valued(bench: Bench, options: Options) -> dict[str, tuple[Option, .
 def autoround_valued(bench: Bench, options: Options) -> dict[str, tuple[Option, ...]]:
     """``options`` with the values of AutoRound's ``AutoScheme``, whose gradients are taken where all tensors are stored alike.
 
-    One pass for each format, kind of granularity and range; what a parameter lacks leaves it as it is. Raises NumericalError.
+    One pass for each format, kind of granularity and range; what a parameter lacks leaves it as it is. Where that many errors
+    at once leave a network without gradients, such as one that rounds all its weights to 0, every error has the score 0: such an
+    option has not been measured and is none. Raises NumericalError.
     """
     numbers = numbered(options)
     passes = alike(options)
@@ -106,7 +108,13 @@ def autoround_valued(bench: Bench, options: Options) -> dict[str, tuple[Option, 
             for number, value in found.items():
                 values[number] = value
         ledger.save()
-    return valued("autoround", options, values)
+    found_values = valued("autoround", options, values)
+    return {
+        name: tuple(
+            o for o in each if o.value > 0 or torch.equal(bench.stored(name, o), bench.checkpoint.tensors[name])
+        )
+        for name, each in found_values.items()
+    }
 
 
 VALUED = {"modelopt": modelopt_valued, "autoround": autoround_valued}
