@@ -11,6 +11,7 @@ from fqdiff.configs import (
     PlanConfig,
     QuantizeConfig,
     SampleConfig,
+    quantize_reads_fisher,
 )
 from fqdiff.errors import LineageError
 from fqdiff.pipeline import External, Step
@@ -89,7 +90,11 @@ def make_chain(
             {"checkpoint": checkpoint} if config.strategy == "uniform" else {"checkpoint": checkpoint, "fisher": table}
         )
         plan = Step("plan", inputs, config)
-        fitted = {"fisher": table} if "fisher" in inputs and fisher.granularity == "weight" else {}
+        fitted = (
+            {"fisher": table}
+            if "fisher" in inputs and quantize_reads_fisher(config.granularity, fisher.granularity)
+            else {}
+        )
         model = Step("quantize", {"checkpoint": checkpoint, "plan": plan, **fitted}, QuantizeConfig())
         rows.append(row(label, plan, model, Step("sample", {"model": model}, sample, seed)))
     other = Step("sample", {"model": checkpoint}, sample, seed + 1)

@@ -278,16 +278,17 @@ def read_with_numpy(path: Path, name: str, phase: int | None = None) -> np.ndarr
     if not kept:
         return values()
     k, high = int(kept.split(":")[1]), kept.split(":")[2]
-    stream, low = raw(f"{name}.kept_index"), int(np.log2(count // k))
-    bits = np.unpackbits(stream, bitorder="little").astype(int)
-    if len(stream) == -(-count // 8):
-        positions = np.flatnonzero(bits)
-    else:
-        lowest = bits[: k * low].reshape(k, low) @ (1 << np.arange(low))
-        positions = (np.flatnonzero(bits[k * low :]) - np.arange(k)) * 2**low + lowest
     weight = values().flatten()
-    weight[positions] = cast_value(raw(f"{name}.kept"), high)
+    weight[read_index(raw(f"{name}.kept_index"), k, count)] = cast_value(raw(f"{name}.kept"), high)
     return weight.reshape(shape)
+
+
+def read_index(stream: np.ndarray, k: int, count: int) -> np.ndarray:
+    low, bits = int(np.log2(count // k)), np.unpackbits(stream, bitorder="little").astype(int)
+    if len(stream) == -(-count // 8):
+        return np.flatnonzero(bits)
+    lowest = bits[: k * low].reshape(k, low) @ (1 << np.arange(low))
+    return (np.flatnonzero(bits[k * low :]) - np.arange(k)) * 2**low + lowest
 
 
 def cast_value(content: np.ndarray, name: str) -> np.ndarray:

@@ -30,7 +30,7 @@ from fqdiff.diffusion.samplers import PredictNoise, ddim_update
 from fqdiff.diffusion.schedule import NoiseSchedule
 from fqdiff.errors import ConfigError, NumericalError
 from fqdiff.quant.packed import PackedTensor
-from fqdiff.quant.trainable import TrainableTensor, trainable
+from fqdiff.quant.trainable import Trainable, rows_of, trainable
 from fqdiff.rng import generator
 from fqdiff.values import Checkpoint, ModelSpec, predict_noise
 
@@ -117,7 +117,7 @@ class Pool:
 class Distillation:
     """Everything that a step changes. ``losses``: of each step done."""
 
-    tensors: Mapping[str, TrainableTensor]
+    tensors: Mapping[str, Trainable]
     optimizer: torch.optim.Adam
     walkers: Walkers
     pool: Pool
@@ -175,7 +175,7 @@ def begin(
     """Before the first step. Learning rates are in steps of each tensor's grid, which formats make unlike."""
     tensors = {name: trainable(checkpoint.tensors[name], p).to(device) for name, p in packed.items()}
     groups: list[dict[str, Any]] = []
-    for module in tensors.values():
+    for module in (rows for each in tensors.values() for rows in rows_of(each)):
         rate = config.distill_rate * module.step
         groups.append({"params": [module.weight], "lr": rate * (GRID_RATE if module.start.format.is_cast else 1.0)})
         if module.grid is not None:

@@ -451,9 +451,11 @@ def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:
 
 def kept_elements(entry: "PlanEntry") -> int:
     """How many elements stay in another format than their tensor."""
-    from fqdiff.quant.formats import PerElement, parse_granularity
+    from fqdiff.quant.formats import PerElement, PerOutput, parse_granularity
 
     granularity = parse_granularity(entry.granularity)
+    if isinstance(granularity, PerOutput):
+        return granularity.count * prod(entry.shape) // entry.shape[granularity.scales.axis]
     return granularity.count if isinstance(granularity, PerElement) else 0
 
 

@@ -16,6 +16,7 @@ from fqdiff.configs import (
     NoiseCorrectionConfig,
     QuantizeConfig,
     ReconstructConfig,
+    quantize_reads_fisher,
 )
 from fqdiff.errors import ConfigError
 from fqdiff.methods import METHODS, Bundle, get_bundle
@@ -363,14 +364,15 @@ def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "
 def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) -> "Step":
     """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file.
 
-    It gets the plan's Fisher table where that has values of single weights, which ranges may be fitted to.
+    It gets the plan's Fisher table where ranges may be fitted to it, or output channels chosen by it.
     """
     from fqdiff.pipeline import Step
 
     inputs = {"checkpoint": only_input(session, plan_manifest, "checkpoint"), "plan": plan_manifest}
     if plan_manifest.input("fisher") is not None:
         table = only_input(session, plan_manifest, "fisher")
-        if table.recipe.config.get("granularity") == "weight":
+        granularities = (str(m.recipe.config.get("granularity")) for m in (plan_manifest, table))
+        if quantize_reads_fisher(*granularities):
             inputs["fisher"] = table
             if plan_manifest.input("trajectory") is not None:
                 inputs["trajectory"] = only_input(session, plan_manifest, "trajectory")

@@ -18,6 +18,7 @@ from fqdiff.configs.plan import (
     FITTED,
     GROUPS,
     INTEGERS,
+    OUTPUT,
     PREDICTORS,
     RANGES,
     RIVALS,
@@ -28,6 +29,7 @@ from fqdiff.configs.plan import (
     TARGETS,
     TIMESTEP_WEIGHTS,
     PlanConfig,
+    quantize_reads_fisher,
 )
 from fqdiff.configs.quantize import (
     ACTIVATION_BITS,
@@ -55,6 +57,7 @@ __all__ = [
     "GRANULARITIES",
     "GROUPS",
     "INTEGERS",
+    "OUTPUT",
     "PREDICTORS",
     "PRESETS",
     "RANGES",
@@ -87,4 +90,5 @@ __all__ = [
     "ValidateConfig",
     "config_from_data",
     "get_preset",
+    "quantize_reads_fisher",
 ]

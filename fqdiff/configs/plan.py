@@ -9,6 +9,7 @@ from fqdiff.groups import parse_groups
 
 SCALES = ("float32", "float16")
 ELEMENT = "element"
+OUTPUT = "output"
 GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
 TARGETS = ("target_bpw", "target_bytes", "max_loss_increase")
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
@@ -32,9 +33,9 @@ class PlanConfig:
     """How a precision is chosen for every parameter. One strategy, and the settings that it reads.
 
     ``granularity``: tensor, channel, group:SIZE or group-near:SIZE, of a budget several with commas; element among them lets
-    single elements be kept in another format; ``scale``: what scales are
-    stored in; ``symmetric``: integers without zero points; ``ranges``: what the codes of integers span, of a budget several,
-    empty for the default; ``rounding``: how codes are chosen.
+    single elements be kept in another format, output whole output channels; ``scale``: what scales are stored in; ``symmetric``:
+    integers without zero points; ``ranges``: what the codes of integers span, of a budget several, empty for the default;
+    ``rounding``: how codes are chosen.
 
     Rules put a tensor into ``low`` below its threshold, else into ``high``, or into one of the formats of ``ladder``, widest
     first. A ladder's next thresholds are ``ladder_step`` times smaller each, or ``lower_thresholds``, for ``threshold`` alone.
@@ -97,9 +98,9 @@ class PlanConfig:
         )
         for granularity in self.granularity.split(","):
             require(
-                granularity in ("tensor", "channel", ELEMENT) or GROUPS.fullmatch(granularity) is not None,
+                granularity in ("tensor", "channel", ELEMENT, OUTPUT) or GROUPS.fullmatch(granularity) is not None,
                 f"unknown granularity '{granularity}'",
-                "tensor, channel, group:SIZE such as group:32, group-near:SIZE, or element",
+                "tensor, channel, group:SIZE such as group:32, group-near:SIZE, element or output",
             )
         for name in self.ranges:
             require(name in RANGES, f"unknown range '{name}'", f"one of: {', '.join(RANGES)}")
@@ -113,6 +114,7 @@ class PlanConfig:
             require(":" not in name, f"format {name} for all", "--phases 4 chooses bits by phase; give e.g. int6")
         require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
         self._check_elements()
+        self._check_outputs()
         self._check_ladder()
         self._check_budget()
 
@@ -129,6 +131,30 @@ class PlanConfig:
             len(self.formats_by_rank) == 2,
             f"elements of {len(self.formats_by_rank)} formats in one tensor",
             "a ladder of two, or leave element out",
+        )
+
+    def _check_outputs(self) -> None:
+        if not self.by_output:
+            return
+        how = "use --threshold, --groups, --ratio, --mean-std or a budget"
+        one = self.strategy == "uniform" or self.score == "uniform"
+        require(not one, "granularity output with one format for all", how)
+        require(
+            self.score not in ("modelopt", "autoround"),
+            f"score '{self.score}' values tensors that are stored in one format",
+            "leave output out of --granularity",
+        )
+        require(self.rounding == "nearest", f"{self.rounding} for output channels in two formats", "use nearest")
+        require(
+            not self.by_element, "elements and outputs of one tensor in other formats", "element or output, not both"
+        )
+        require(
+            set(self.scale_granularities) != {"tensor"}, "output channels in two formats with one scale", "add channel"
+        )
+        require(
+            len(self.formats_by_rank) == 2,
+            f"output channels of {len(self.formats_by_rank)} formats in one tensor",
+            "a ladder of two, or leave output out",
         )
 
     def _check_ladder(self) -> None:
@@ -261,7 +287,11 @@ class PlanConfig:
             f"score '{self.score}' with timestep_weights '{self.timestep_weights}' does not tell phases apart",
             "use --score fisher, with weights of all timesteps",
         )
-        require(not self.by_element, "kept elements know no phases", "leave element out of --granularity, or phases")
+        require(
+            not self.by_element and not self.by_output,
+            "tensors of two formats know no phases",
+            "leave element and output out of --granularity, or phases",
+        )
         require(not self.is_measured, "predictor gram and refine know no phases", "leave them out, or phases")
         require(
             "max_loss_increase" not in targets, "phases for a limit on the rise", "give --target-bpw or --target-size"
@@ -273,9 +303,15 @@ class PlanConfig:
         return ELEMENT in self.granularity.split(",")
 
     @property
+    def by_output(self) -> bool:
+        """Whether output channels of a tensor may differ in format."""
+        return OUTPUT in self.granularity.split(",")
+
+    @property
     def scale_granularities(self) -> tuple[str, ...]:
-        """Which weights may share a scale; with nothing but elements asked for, those of a channel."""
-        return tuple(g for g in self.granularity.split(",") if g != ELEMENT) or (PlanConfig.granularity,)
+        """Which weights may share a scale; with nothing but elements or outputs asked for, those of a channel."""
+        scales = tuple(g for g in self.granularity.split(",") if g not in (ELEMENT, OUTPUT))
+        return scales or (PlanConfig.granularity,)
 
     @property
     def formats_by_rank(self) -> tuple[str, ...]:
@@ -296,3 +332,11 @@ class PlanConfig:
     def ends_format(self) -> str:
         """The format of stem and head, empty for any: uniform plans keep them at 8 bits unless told otherwise."""
         return self.ends or ("int8" if self.score == "uniform" else "")
+
+
+def quantize_reads_fisher(granularity: str, table: str) -> bool:
+    """Whether a plan of ``granularity`` may ask for its Fisher table of granularity ``table`` when it is carried out.
+
+    Ranges are fitted to single weights, and output channels chosen by any table.
+    """
+    return table == "weight" or OUTPUT in granularity.split(",")

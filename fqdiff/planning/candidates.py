@@ -17,7 +17,7 @@ from fqdiff.errors import QuantizationError
 from fqdiff.planning.knapsack import Array, lower_hull
 from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
 from fqdiff.quant.elements import BY_RISE, choose_kept
-from fqdiff.quant.formats import Format, Granularity, PerElement, PerGroup, PerTensor, get_format
+from fqdiff.quant.formats import Format, Granularity, PerElement, PerGroup, PerOutput, PerTensor, get_format
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.quant.ranges import FISHER, MIN_MAX
@@ -66,6 +66,10 @@ class Option:
         """Name of the format."""
         return self.description[1].name
 
+    def is_all_in(self, name: str) -> bool:
+        """Whether all output channels are stored in format ``name``."""
+        return self.format == name and not isinstance(self.description[2], PerOutput)
+
     def stored(self, tensor: Tensor, weight: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """``tensor`` as it would be read back, float32; ``weight`` are the Fisher values of its elements, if known.
 
@@ -73,24 +77,8 @@ class Option:
         """
         _, fmt, granularity = self.description
         if kept is None:
-            kept = choose_kept(tensor, fmt, granularity, weight, BY_RISE)
+            kept = choose_kept(tensor, fmt, granularity, weight, BY_RISE, self.span)
         return unpack_tensor(pack_tensor(tensor, fmt, granularity, self.span, self.rounding, weight, kept))
-
-
-def make_options(
-    tensors: Mapping[str, Tensor],
-    axes: Mapping[str, int],
-    ways: Ways,
-    importance: Importance,
-    weights: Mapping[str, Tensor],
-    context: Context,
-) -> dict[str, tuple[Option, ...]]:
-    """Options of every parameter: ``ways`` for tensors of two axes or more, casts for biases and norms.
-
-    Of several ranges the one of least value. The arguments are those of :func:`every_option`.
-    """
-    every = every_option(tensors, axes, ways, importance, weights, context)
-    return {name: best_ranges(options) for name, options in every.items()}
 
 
 def best_ranges(options: Iterable[Option]) -> tuple[Option, ...]:
@@ -235,7 +223,7 @@ class Market:
     def restricted(self, allowed: Mapping[str, str]) -> "Market":
         """The same with one format only for the parameters in ``allowed``."""
         options = {
-            name: tuple(o for o in each if o.format == allowed.get(name, o.format))
+            name: tuple(o for o in each if name not in allowed or o.is_all_in(allowed[name]))
             for name, each in self.options.items()
         }
         for name, each in options.items():

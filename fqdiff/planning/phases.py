@@ -95,7 +95,7 @@ def nested_options(
             continue
         try:
             packed = pack_tensor(tensor, replace(fmt, phase_bits=tuple(widths)), grain, span, offered.rounding, weight)
-        except QuantizationError:  # as in make_options: its scales overflow
+        except QuantizationError:  # as in every_option: its scales overflow
             continue
         stored = [unpack_tensor(packed, phase) for phase in range(len(widths))]
         rises = [

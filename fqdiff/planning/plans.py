@@ -21,9 +21,9 @@ from fqdiff.planning.candidates import (
     Ways,
     best_ranges,
     every_option,
-    make_options,
 )
 from fqdiff.planning.knapsack import total
+from fqdiff.planning.outputs import with_outputs
 from fqdiff.planning.quadratic import separate
 from fqdiff.planning.refine import Found, refine, solve
 from fqdiff.quant.formats import get_format, without_zero_point
@@ -88,20 +88,27 @@ def make_offer(
     weights = fitted_weights(table, config, checkpoint)
     if config.by_element and not weights:
         raise ConfigError("elements cannot be told apart by this table", "fqdiff fisher --granularity weight")
+    if config.by_output and not weights:
+        raise ConfigError(
+            "a budget for output channels needs Fisher values of single weights", "fqdiff fisher --granularity weight"
+        )
     timesteps = 0
     if config.score in RIVALS:
         inputs = calibration_inputs(checkpoint, dataset, table, config, seed)
         timesteps = len(inputs.t.unique())
         bench = rivals.Bench(checkpoint, inputs, config.calibration_samples, weights, seed, context)
+    if config.score in rivals.VALUED:
         options = rival_options(bench, axes, ways(config, bool(weights)), config.score)
     else:
-        if config.score in ("random", "reverse"):
+        if config.score == "hawq":
+            importance = rivals.hawq_importance(bench)
+        elif config.score in ("random", "reverse"):
             importance = scores.exchanged(measured, config.score, seed)
         elif config.score == "weight-mse":
             importance = {name: torch.ones(1, dtype=torch.float64) for name in shapes}
         else:
             importance = measured
-        options = make_options(checkpoint.tensors, axes, ways(config, bool(weights)), importance, weights, context)
+        options = any_options(checkpoint.tensors, axes, config, importance, weights, context)
     market = Market(model_description(checkpoint.spec), options)
     ends = {name: config.ends_format for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS}
     if config.ends_format:
@@ -112,13 +119,28 @@ def make_offer(
     return Offer(market, blocks, fisher, ends if config.ends_format else {}, weights, timesteps)
 
 
+def any_options(
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, int],
+    config: PlanConfig,
+    importance: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    context: Context,
+) -> dict[str, tuple[Option, ...]]:
+    """Every option of the settings: a format for each tensor, or two for its output channels; of several ranges the best."""
+    every = every_option(tensors, axes, ways(config, bool(weights)), importance, weights, context)
+    best = {name: best_ranges(options) for name, options in every.items()}
+    if not config.by_output:
+        return best
+    mixed = with_outputs(every, tensors, axes, importance, weights, context)
+    return {name: (*options, *mixed[name]) for name, options in best.items()}
+
+
 def rival_options(
     bench: rivals.Bench, axes: Mapping[str, int], offered: Ways, score: str
 ) -> dict[str, tuple[Option, ...]]:
-    """Options valued by one of RIVALS: by an importance, or one by one."""
+    """Options valued one by one, by modelopt or autoround."""
     tensors, context = bench.checkpoint.tensors, bench.context
-    if score == "hawq":
-        return make_options(tensors, axes, offered, rivals.hawq_importance(bench), bench.weights, context)
     equal = {name: torch.ones(1, dtype=torch.float64) for name in tensors}
     every = every_option(tensors, axes, offered, equal, bench.weights, context)
     return {name: best_ranges(options) for name, options in rivals.VALUED[score](bench, every).items()}
@@ -147,7 +169,7 @@ def fitted_weights(table: FisherTable | None, config: PlanConfig, checkpoint: Ch
 
     Empty where the table has none.
     """
-    unused = config.ranges and FISHER not in config.ranges and not config.by_element
+    unused = config.ranges and FISHER not in config.ranges and not config.by_element and not config.by_output
     if table is None or not table.weights or unused:
         return {}
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fqdiff.errors import LineageError
-from fqdiff.quant.formats import Format, Grain, PerElement
+from fqdiff.quant.formats import Format, Grain, Mixed
 from fqdiff.quant.packed import PackedTensor
 from fqdiff.quant.packing import pack, unpack
 from fqdiff.quant.qparams import QParams, dequantize, fixed_zero_point, from_rows, group_rows
@@ -50,7 +50,7 @@ def annealed_beta(progress: float) -> float | None:
 
 def can_learn_rounding(fmt: Format, granularity: Grain) -> bool:
     """Whether the weights are codes of evenly spaced numbers, all of them and in all phases."""
-    return fmt.is_integer and not fmt.phase_bits and not isinstance(granularity, PerElement)
+    return fmt.is_integer and not fmt.phase_bits and not isinstance(granularity, Mixed)
 
 
 class LearnedRounding(nn.Module):
@@ -64,7 +64,7 @@ class LearnedRounding(nn.Module):
         super().__init__()
         fmt, granularity = packed.format, packed.granularity
         assert can_learn_rounding(fmt, granularity)
-        assert not isinstance(granularity, PerElement)
+        assert not isinstance(granularity, Mixed)
         self.start, self.granularity = packed, granularity
         scale = packed.parts["scale"].float()
         if fmt.has_zero_points:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fqdiff.quant.formats import Format, Grain, PerElement
+from fqdiff.quant.formats import Format, Grain, Mixed
+from fqdiff.quant.outputs import HIGH
 from fqdiff.quant.packed import part_layout
 
 SCHEMA = 1
@@ -58,7 +59,7 @@ def bytes_by_kind(parameter: Description) -> dict[str, int]:
     """Payload bytes of one parameter by kind, see PART_KINDS; planes of codes count as codes."""
     sizes: dict[str, int] = {}
     for part, (dtype, shape) in part_layout(*parameter).items():
-        kind = PART_KINDS["codes" if part.startswith("plane") else part]
+        kind = PART_KINDS["codes" if part.startswith("plane") else part.removeprefix(HIGH)]
         sizes[kind] = sizes.get(kind, 0) + dtype.itemsize * torch.Size(shape).numel()
     return sizes
 
@@ -73,7 +74,7 @@ def metadata(
     described = {
         name: {"format": fmt.name, "granularity": str(granularity), "shape": list(shape)}
         for name, (shape, fmt, granularity) in parameters.items()
-        if not fmt.is_cast or isinstance(granularity, PerElement)
+        if not fmt.is_cast or isinstance(granularity, Mixed)
     }
     content = {"schema": SCHEMA, "model": model, "quantized": described}
     if activations:

@@ -155,18 +155,34 @@ class PerElement:
         return f"{ELEMENT}:{self.count}:{self.high}+{self.scales}"
 
 
-Grain = Granularity | PerElement
+@dataclass(frozen=True)
+class PerOutput:
+    """``count`` output channels of a tensor are stored in the format ``high``; all share scales by ``scales``."""
+
+    count: int
+    high: str
+    scales: PerChannel | PerGroup
+
+    def __str__(self) -> str:
+        return f"{OUTPUT}:{self.count}:{self.high}+{self.scales}"
+
+
+Mixed = PerElement | PerOutput  # granularities of tensors in two formats
+Grain = Granularity | Mixed
 ELEMENT = "element"
+OUTPUT = "output"
 CASTS = tuple(f.name for f in FORMATS.values() if f.is_cast)
 TEXT = re.compile(
     r"(tensor|channel:(?P<channel>\d)|group:(?P<size>[1-9]\d{0,8}):(?P<axis>\d))(?P<half>:float16)?", re.ASCII
 )
+WHOLE = "|".join(re.escape(name) for name in FORMATS)
 KEPT = re.compile(rf"{ELEMENT}:(?P<count>[1-9]\d{{0,12}}):(?P<high>{'|'.join(CASTS)})\+(?P<scales>.*)", re.ASCII)
+OUTPUTS = re.compile(rf"{OUTPUT}:(?P<count>[1-9]\d{{0,12}}):(?P<high>{WHOLE})\+(?P<scales>.*)", re.ASCII)
 
 
 def scales_of(grain: Grain) -> Granularity:
-    """Which of the weights that are not kept one by one share a scale."""
-    return grain.scales if isinstance(grain, PerElement) else grain
+    """Which of the weights share a scale, but for those that are kept one by one."""
+    return grain.scales if isinstance(grain, Mixed) else grain
 
 
 def _suffix(scale_dtype: torch.dtype) -> str:
@@ -176,11 +192,20 @@ def _suffix(scale_dtype: torch.dtype) -> str:
 def parse_granularity(text: str) -> Grain:
     """``tensor``, ``channel:AXIS`` or ``group:SIZE:AXIS``, with ``:float16`` for scales in float16; the inverse of ``str``.
 
-    ``element:COUNT:HIGH+`` before any of these: so many elements are kept in the cast HIGH.
+    ``element:COUNT:HIGH+`` before any of these: so many elements are kept in the cast HIGH. ``output:COUNT:HIGH+`` before the
+    last two: so many output channels are stored in the format HIGH.
     """
     kept = KEPT.fullmatch(text)
     if kept is not None:
         return PerElement(int(kept["count"]), kept["high"], _parse_scales(kept["scales"]))
+    outputs = OUTPUTS.fullmatch(text)
+    if outputs is not None:
+        scales = _parse_scales(outputs["scales"])
+        if isinstance(scales, PerTensor):
+            raise ConfigError(
+                f"output channels in two formats with one scale: '{text}'", "a scale per channel, or per group"
+            )
+        return PerOutput(int(outputs["count"]), outputs["high"], scales)
     return _parse_scales(text)
 
 

@@ -1,15 +1,26 @@
 """A weight tensor as it is stored: which plain tensors it is made of, how many bytes they take, and back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fqdiff.errors import QuantizationError
 from fqdiff.quant.codebooks import fit_codebook, looked_up, nearest_entry
-from fqdiff.quant.formats import Format, Grain, Granularity, PerElement, PerTensor, get_format, scales_of
+from fqdiff.quant.formats import Format, Grain, Granularity, PerElement, PerOutput, PerTensor, get_format, scales_of
 from fqdiff.quant.nested import bytes_read, interval_middles, plane_layout, split_codes
+from fqdiff.quant.outputs import (
+    INDEX,
+    Layout,
+    joined_layout,
+    joined_parts,
+    row_shapes,
+    separated,
+    separated_parts,
+    together,
+    with_rows_first,
+)
 from fqdiff.quant.packing import TRITS, pack, packed_bytes, unpack
 from fqdiff.quant.positions import check_positions, index_bytes, pack_positions, unpack_positions
 from fqdiff.quant.qparams import (
@@ -28,7 +39,8 @@ from fqdiff.quant.rounding import NEAREST, rounded
 @dataclass(frozen=True)
 class PackedTensor:
     """``parts``: ``data`` for a cast; else ``codes``, with ``codebook``, or with ``scale`` and, where groups have their own,
-    ``zero_point``. Where single elements are kept, also ``kept``, their values, and ``kept_index``, which they are.
+    ``zero_point``. Where single elements are kept, also ``kept``, their values, and ``kept_index``, which they are. Of output
+    channels in two formats the parts of both, :mod:`fqdiff.quant.outputs`, and ``kept_index``, which are in the other format.
     """
 
     format: Format
@@ -49,6 +61,10 @@ def part_layout(
             "kept": (get_format(granularity.high).dtype, (granularity.count,)),
             "kept_index": (torch.uint8, (index_bytes(granularity.count, numel),)),
         }
+    if isinstance(granularity, PerOutput):
+        low, high = output_layouts(shape, fmt, granularity)
+        size = index_bytes(granularity.count, shape[granularity.scales.axis])
+        return joined_layout(low, high) | {INDEX: (torch.uint8, (size,))}
     if fmt.is_cast:
         return {"data": (fmt.dtype, shape)}
     groups = group_count(shape, granularity)
@@ -61,6 +77,18 @@ def part_layout(
     if fmt.has_zero_points:
         layout["zero_point"] = (torch.uint8, (packed_bytes(groups, fmt.bits),))
     return layout
+
+
+def output_layouts(shape: tuple[int, ...], fmt: Format, granularity: PerOutput) -> tuple[Layout, Layout]:
+    """Layouts of the output channels in ``fmt`` and of those in the other format, each as a tensor of its own."""
+    axis = granularity.scales.axis
+    if axis >= len(shape) or granularity.count >= shape[axis]:
+        raise QuantizationError(
+            f"{granularity.count} output channels of a tensor of shape {shape}", "fewer, or the whole tensor"
+        )
+    low, high = row_shapes(shape, axis, granularity.count)
+    scales = with_rows_first(granularity.scales)
+    return part_layout(low, fmt, scales), part_layout(high, get_format(granularity.high), scales)
 
 
 def stored_bytes(shape: tuple[int, ...], fmt: Format, granularity: Grain) -> int:
@@ -87,13 +115,24 @@ def pack_tensor(
     """``x`` in ``fmt``: a cast, or rounded to the grid of :func:`fitted_qparams` or to a codebook, and packed.
 
     ``weight``, shaped like ``x``, tells how much each error counts; it is read for a ``span`` of "fisher" alone. ``kept``:
-    increasing int64 positions, in row-major order, of the elements that a :class:`PerElement` keeps; see
-    :func:`fqdiff.quant.elements.choose_kept`. Raises QuantizationError where ``x`` is not finite, or a cast or a scale overflows.
+    increasing int64 positions, in row-major order, of the elements that a :class:`PerElement` keeps, or the output channels that
+    a :class:`PerOutput` stores in its other format; see :func:`fqdiff.quant.elements.choose_kept`. Raises
+    QuantizationError where ``x`` is not finite, or a cast or a scale overflows.
     """
     shape = tuple(x.shape)
     if isinstance(granularity, PerElement):
         assert kept is not None
         return _pack_with_kept(x, fmt, granularity, span, rounding, weight, kept)
+    if isinstance(granularity, PerOutput):
+        assert kept is not None
+        scales, axis = with_rows_first(granularity.scales), granularity.scales.axis
+        weights = (None, None) if weight is None else separated(weight, axis, kept)
+        formats = (fmt, get_format(granularity.high))
+        both = [
+            pack_tensor(rows, each, scales, span, rounding, own)
+            for rows, each, own in zip(separated(x, axis, kept), formats, weights, strict=True)
+        ]
+        return join_outputs(both[0], both[1], kept, PackedTensor(fmt, granularity, shape, {}))
     if fmt.is_cast:
         data = x.to(fmt.dtype, copy=True)  # never the caller's own memory: the packed model stands alone
         if not torch.isfinite(data).all():
@@ -111,6 +150,28 @@ def pack_tensor(
     if fmt.has_zero_points:
         parts["zero_point"] = pack(qparams.zero_point, fmt.bits)
     return PackedTensor(fmt, granularity, shape, parts)
+
+
+def join_outputs(low: PackedTensor, high: PackedTensor, positions: Tensor, form: PackedTensor) -> PackedTensor:
+    """One tensor like ``form``, with its output channels at ``positions`` as ``high`` stores them, and the others as ``low``."""
+    assert isinstance(form.granularity, PerOutput)
+    index = pack_positions(positions, form.shape[form.granularity.scales.axis])
+    return replace(form, parts=joined_parts(low.parts, high.parts) | {INDEX: index})
+
+
+def separate_outputs(packed: PackedTensor) -> tuple[PackedTensor, PackedTensor, Tensor]:
+    """The inverse of :func:`join_outputs`: both tensors, and the positions."""
+    granularity, shape = packed.granularity, packed.shape
+    assert isinstance(granularity, PerOutput)
+    axis, high = granularity.scales.axis, get_format(granularity.high)
+    shapes = row_shapes(shape, axis, granularity.count)
+    parts = separated_parts(packed.parts, *output_layouts(shape, packed.format, granularity))
+    grains = [PerTensor() if fmt.is_cast else with_rows_first(granularity.scales) for fmt in (packed.format, high)]
+    return (
+        PackedTensor(packed.format, grains[0], shapes[0], parts[0]),
+        PackedTensor(high, grains[1], shapes[1], parts[1]),
+        unpack_positions(packed.parts[INDEX], granularity.count, shape[axis]),
+    )
 
 
 def _pack_with_kept(
@@ -161,6 +222,11 @@ def check_layout(packed: PackedTensor) -> None:
 def check_values(packed: PackedTensor) -> None:
     """Raise QuantizationError for parts that no packing makes: for the reader of a file that a stranger may have written."""
     fmt, parts = packed.format, packed.parts
+    if isinstance(packed.granularity, PerOutput):
+        check_positions(parts[INDEX], packed.granularity.count, packed.shape[packed.granularity.scales.axis])
+        for each in separate_outputs(packed)[:2]:
+            check_values(each)
+        return
     if isinstance(packed.granularity, PerElement):
         check_positions(parts["kept_index"], packed.granularity.count, torch.Size(packed.shape).numel())
         if not torch.isfinite(parts["kept"].float()).all():
@@ -187,6 +253,9 @@ def unpack_tensor(packed: PackedTensor, phase: int | None = None) -> Tensor:
     With a ``phase``, those that it stands for in this phase of the timesteps; else with all bits.
     """
     check_layout(packed)
+    if isinstance(packed.granularity, PerOutput):
+        low, high, positions = separate_outputs(packed)
+        return together(unpack_tensor(low), unpack_tensor(high), packed.granularity.scales.axis, positions)
     fmt, parts, granularity = packed.format, packed.parts, scales_of(packed.granularity)
     if isinstance(packed.granularity, PerElement):
         own = {name: part for name, part in parts.items() if name in part_layout(packed.shape, fmt, granularity)}

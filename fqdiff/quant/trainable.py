@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fqdiff.quant.codebooks import looked_up, nearest_entry
-from fqdiff.quant.formats import scales_of
-from fqdiff.quant.packed import PackedTensor, unpack_tensor
+from fqdiff.quant.formats import PerOutput, scales_of
+from fqdiff.quant.outputs import separated, together
+from fqdiff.quant.packed import PackedTensor, join_outputs, separate_outputs, unpack_tensor
 from fqdiff.quant.packing import pack, unpack
 from fqdiff.quant.qparams import QParams, fixed_zero_point, from_rows, group_rows, quantize
 
@@ -142,8 +143,44 @@ class TrainableTensor(nn.Module):
         return PackedTensor(fmt, granularity, shape, parts)
 
 
-def trainable(tensor: Tensor, packed: PackedTensor) -> TrainableTensor:
-    """``packed`` ready to be trained, starting from ``tensor``, the float32 weights that it was made of.
+class TrainableOutputs(nn.Module):
+    """A packed tensor with output channels in two formats, each part of it as a :class:`TrainableTensor`."""
+
+    def __init__(self, tensor: Tensor, packed: PackedTensor) -> None:
+        super().__init__()
+        assert isinstance(packed.granularity, PerOutput)
+        self.start, self.axis = packed, packed.granularity.scales.axis
+        low, high, positions = separate_outputs(packed)
+        self.register_buffer("positions", positions, persistent=False)  # the plan's, which training leaves alone
+        parts = separated(tensor, self.axis, positions)
+        self.low, self.high = (trainable_rows(x, part) for x, part in zip(parts, (low, high), strict=True))
+
+    def forward(self) -> Tensor:
+        return together(self.low(), self.high(), self.axis, self.get_buffer("positions"))
+
+    @torch.no_grad()
+    def packed(self) -> PackedTensor:
+        """The tensor in its formats, byte for byte as large as before."""
+        return join_outputs(self.low.packed(), self.high.packed(), self.get_buffer("positions"), self.start)
+
+
+Trainable = TrainableTensor | TrainableOutputs
+
+
+def rows_of(module: Trainable) -> tuple[TrainableTensor, ...]:
+    """What ``module`` is made of, each in one format."""
+    return (module,) if isinstance(module, TrainableTensor) else (module.low, module.high)
+
+
+def trainable(tensor: Tensor, packed: PackedTensor) -> Trainable:
+    """``packed`` ready to be trained, starting from ``tensor``, the float32 weights that it was made of."""
+    if isinstance(packed.granularity, PerOutput):
+        return TrainableOutputs(tensor, packed)
+    return trainable_rows(tensor, packed)
+
+
+def trainable_rows(tensor: Tensor, packed: PackedTensor) -> TrainableTensor:
+    """:func:`trainable` of a tensor in one format.
 
     Where rounding was not to nearest (SQuant), or ranges cut weights off, its codes are not the nearest ones: then it starts
     from the values that are stored, so that training begins at the model as it is.

@@ -24,7 +24,9 @@ from fqdiff.quant.formats import (
     CASTS,
     Format,
     Grain,
+    PerChannel,
     PerElement,
+    PerOutput,
     PerTensor,
     get_format,
     parse_granularity,
@@ -102,9 +104,11 @@ def plan(
         if scores.keys() != shapes.keys():
             raise LineageError("the Fisher table is of another model", "run fqdiff fisher on this checkpoint")
         candidates = [name for name in weights if blocks[name] in BLOCKS]
-        if config.by_element:
-            importance = fisher_importance(fisher, element_weighting(config), checkpoint.spec.noise_schedule(), shapes)
+        if config.by_element or config.by_output:
+            importance = fisher_importance(fisher, part_weighting(config), checkpoint.spec.noise_schedule(), shapes)
             values = {name: 2 * importance[name].flatten() for name in candidates}
+            if config.by_output:
+                values = {name: channel_means(2 * importance[name], axes[name]) for name in candidates}
         else:
             values = {name: torch.tensor([scores[name]], dtype=torch.float64) for name in candidates}
         rules = RULES[config.strategy](values, blocks, config)
@@ -115,7 +119,11 @@ def plan(
     entries = []
     for name, (chosen, kept, thresholds, rule) in decisions.items():
         granularity: Grain = grains.get(name, PerTensor())
-        if kept:
+        if kept and config.by_output:
+            channels = scales_of(granularity)
+            shared = PerChannel(axes[name]) if isinstance(channels, PerTensor) else channels
+            granularity = PerOutput(kept, formats[0].name, shared)
+        elif kept:
             granularity = PerElement(kept, formats[0].name, scales_of(granularity))
         size = stored_bytes(shapes[name], chosen, granularity)
         if kept and size >= (whole := stored_bytes(shapes[name], formats[0], PerTensor())):
@@ -136,7 +144,7 @@ def plan(
                 bytes=size,
             )
         )
-    weighting = element_weighting(config) if config.by_element else Plan.timestep_weights
+    weighting = part_weighting(config) if config.by_element or config.by_output else Plan.timestep_weights
     return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries), timestep_weights=weighting)
 
 
@@ -158,17 +166,22 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
     return tuple(map(without_zero_point, formats)) if config.symmetric else formats
 
 
-def element_weighting(config: PlanConfig) -> str:
-    """The timestep weights that average the Fisher values of single weights as ``config.at`` says."""
+def channel_means(values: Tensor, axis: int) -> Tensor:
+    """Mean over each output channel, [O], of ``values`` that are single weights' or channels' already."""
+    return values.movedim(axis, 0).flatten(1).mean(dim=1) if values.ndim > 1 else values
+
+
+def part_weighting(config: PlanConfig) -> str:
+    """The timestep weights that average the Fisher values of elements or channels as ``config.at`` says."""
     return "uniform" if config.at == "mean" else f"at:{config.at}"
 
 
 def decide(
     name: str, shape: tuple[int, ...], values: Values, rules: Mapping[str, Rule], formats: tuple[Format, ...]
 ) -> tuple[Format, int, tuple[float, ...], str]:
-    """Format of one parameter, how many of its elements are kept in the widest one, the thresholds and the rule in words.
+    """Format of one parameter, how many of its elements or channels are in the widest one, the thresholds and the rule in words.
 
-    A value takes the widest format whose threshold it reaches. Elements are kept where some reach it and some do not. No
+    A value takes the widest format whose threshold it reaches. Some are in the widest where some reach it and some do not. No
     thresholds where none decided.
     """
     if name in rules:

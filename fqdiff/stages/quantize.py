@@ -14,7 +14,7 @@ from fqdiff.errors import ConfigError, LineageError
 from fqdiff.models.registry import build, normed_layers
 from fqdiff.planning.scores import default_score, table_importance, with_gain
 from fqdiff.quant.elements import choose_kept
-from fqdiff.quant.formats import PerElement, get_format, parse_granularity
+from fqdiff.quant.formats import PerElement, PerOutput, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
 from fqdiff.quant.reparameterize import NormedInput
 from fqdiff.values import CalibrationSet, Checkpoint, FisherTable, Plan, QuantizedCheckpoint
@@ -91,8 +91,8 @@ def quantize(
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")
     weights: Mapping[str, Tensor] = {}
-    if plan.fits_fisher:
-        if fisher is None or not fisher.weights:
+    if plan.reads_fisher:
+        if fisher is None or (plan.fits_fisher and not fisher.weights):
             raise LineageError(
                 "the plan fits ranges to Fisher values of single weights, and they are gone", "fqdiff plan"
             )
@@ -106,7 +106,9 @@ def quantize(
         for e in plan.entries:
             tensor, weight = checkpoint.tensors[e.parameter], weights.get(e.parameter)
             fmt, granularity = get_format(e.format), parse_granularity(e.granularity)
-            kept = choose_kept(tensor, fmt, granularity, weight, plan.kept_by)
+            if isinstance(granularity, PerOutput) and weight is not None and weight.shape != tensor.shape:
+                weight = like_channels(weight, tensor, granularity.scales.axis)
+            kept = choose_kept(tensor, fmt, granularity, weight, plan.kept_by, e.range)
             packed[e.parameter] = pack_tensor(tensor, fmt, granularity, e.range, e.rounding, weight, kept)
             bar.update()
     if config.distill:
@@ -114,3 +116,9 @@ def quantize(
     if config.bias_correction == "none":
         return QuantizedCheckpoint(checkpoint.spec, packed)
     return QuantizedCheckpoint(checkpoint.spec, *correct_bias(checkpoint, packed, config, seed, context))
+
+
+def like_channels(values: Tensor, tensor: Tensor, axis: int) -> Tensor:
+    """``values`` [O], or [1], of the output channels of ``tensor`` in its shape, so that each channel's sum is its own."""
+    each = values.reshape([-1 if k == axis else 1 for k in range(tensor.ndim)])
+    return each.expand(tensor.shape).to(tensor.dtype)

@@ -8,7 +8,7 @@ from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
 from fqdiff.quant.adaround import can_learn_rounding
-from fqdiff.quant.formats import PerElement
+from fqdiff.quant.formats import Mixed
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 
 
@@ -41,8 +41,11 @@ def reconstruct_blocks(
     stored = model.packed.values()
     if any(p.format.phase_bits for p in stored):
         raise ConfigError("phases cannot be reconstructed", "leave --reconstruct out, or plan without phases")
-    if any(isinstance(p.granularity, PerElement) for p in stored):
-        raise ConfigError("kept elements cannot be reconstructed", "leave --reconstruct out, or plan without elements")
+    if any(isinstance(p.granularity, Mixed) for p in stored):
+        raise ConfigError(
+            "tensors of two formats cannot be reconstructed",
+            "leave --reconstruct out, or plan without element and output",
+        )
     if not any(can_learn_rounding(p.format, p.granularity) for p in stored):
         raise ConfigError("no weight of this model is an integer, so that there is no rounding to learn", "e.g. int4")
     inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)

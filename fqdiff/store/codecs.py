@@ -18,7 +18,7 @@ from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, skip_boundaries
 from fqdiff.quant.activations import SCALE, ZERO_POINT, Activation, check_activations, described_activations
 from fqdiff.quant.container import SCHEMA, metadata, part_name
-from fqdiff.quant.formats import MOST_PHASES, PerElement, PerTensor, get_format, parse_granularity, scales_of
+from fqdiff.quant.formats import MOST_PHASES, Mixed, PerTensor, get_format, parse_granularity, scales_of
 from fqdiff.quant.noise_correction import check_noise_correction, noise_correction_of
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, part_layout, read_bytes, stored_bytes
 from fqdiff.quant.phases import phase_count
@@ -364,7 +364,7 @@ def _packed_tensor(name: str, facts: Any, tensors: dict[str, Tensor]) -> PackedT
     given = mapping(facts)
     fmt, granularity = get_format(text(given["format"])), parse_granularity(text(given["granularity"]))
     shape = tensor_shape(given["shape"])
-    mere_cast = fmt.is_cast and not isinstance(granularity, PerElement)
+    mere_cast = fmt.is_cast and not isinstance(granularity, Mixed)
     if mere_cast or given.keys() != {"format", "granularity", "shape"}:
         raise ValueError(f"'{name}' is described as {fmt.name} by {len(given)} fields")
     parts = {part: tensors.pop(part_name(name, part)) for part in part_layout(shape, fmt, granularity)}

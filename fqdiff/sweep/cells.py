@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fqdiff.chains import comparison_step
-from fqdiff.configs import CompareConfig, PlanConfig, QuantizeConfig, SampleConfig
+from fqdiff.configs import CompareConfig, PlanConfig, QuantizeConfig, SampleConfig, quantize_reads_fisher
 from fqdiff.errors import ArtifactCorrupt, FqdiffError
 from fqdiff.pipeline import External, Runner, Step
 from fqdiff.store.manifest import Manifest
@@ -85,8 +85,8 @@ def make_cell(
     images = {"dataset": dataset} if plan.is_calibrated and plan.score != "trajectory" else {}
     random = plan.score == "random" or plan.is_calibrated
     planned = Step("plan", {"checkpoint": checkpoint, **read, **images}, plan, seed if random else 0)
-    single_weights = tables.fisher is not None and tables.fisher.recipe.config.get("granularity") == "weight"
-    fitted = read if single_weights else {}
+    table = "" if tables.fisher is None else str(tables.fisher.recipe.config.get("granularity"))
+    fitted = read if quantize_reads_fisher(plan.granularity, table) else {}
     chance = seed if quantize.bias_correction != "none" or quantize.distill else 0
     model = Step("quantize", {"checkpoint": checkpoint, "plan": planned, **fitted}, quantize, chance)
     full, floor, samples = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
-from fqdiff.quant.formats import PerElement, parse_granularity
+from fqdiff.quant.formats import Mixed, PerElement, parse_granularity
 from fqdiff.quant.ranges import FISHER
 
 
@@ -111,8 +111,13 @@ class Plan:
         return any(e.range == FISHER or isinstance(parse_granularity(e.granularity), PerElement) for e in self.entries)
 
     @property
+    def reads_fisher(self) -> bool:
+        """Whether carrying it out takes Fisher values at all: they also choose output channels."""
+        return self.fits_fisher or any(isinstance(parse_granularity(e.granularity), Mixed) for e in self.entries)
+
+    @property
     def kept_by(self) -> str:
-        """What chooses single elements that are kept: rules by Fisher value, budgets by predicted rise."""
+        """What chooses elements and output channels of another format: rules by Fisher value, budgets by predicted rise."""
         return BY_FISHER if self.budget is None else BY_RISE
 
     @property
