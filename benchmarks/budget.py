@@ -1,8 +1,8 @@
 """Plans for a byte budget against every control, on one model: bytes, noise error, image error.
 
     fqdiff import pretrained:mnist-small --name mnist-small
-    fqdiff fisher mnist-small --kind true --timesteps 100 --granularity weight --name loss
-    fqdiff fisher mnist-small --kind trajectory --samples 64 --name runs
+    fqdiff fisher mnist-small --kind true --timesteps 200 --granularity weight --bins 10 --name loss
+    fqdiff fisher mnist-small --kind trajectory --samples 64 --granularity weight --bins 1 --name runs
     python benchmarks/budget.py mnist-small --loss loss --runs runs
 
 Everything is counted in bits per weight: the size of the file, over the weights of the network. All models start from the same
@@ -44,30 +44,30 @@ TIMESTEPS, SAMPLES = 20, 5  # held-out inputs of the noise error
 RESAMPLES = 1000
 GRAINS = "tensor,channel,group-near:64"
 INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2", "ternary")
-FREE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}
-TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", "codebook2", "ternary", "codebook1")
+WHOLE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}  # one format a tensor
+FREE: dict[str, Any] = {"granularity": f"{GRAINS},output", "scale": "float16"}
+DISTILL = 1000
 # name -> (which table, settings of the plan, steps of distillation)
 STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "fisher, distilled": ("loss", {"score": "fisher", **FREE}, 1200),
-    "fisher": ("loss", {"score": "fisher", **FREE}, 0),
+    "trajectory, distilled": ("runs", {"score": "trajectory", **FREE}, DISTILL),
     "trajectory": ("runs", {"score": "trajectory", **FREE}, 0),
+    "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}, 0),
+    "fisher": ("loss", {"score": "fisher", **FREE}, 0),
+    "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}, 0),
     "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}, 0),
-    "fisher, by gain": ("loss", {"score": "fisher", "timestep_weights": "gain", **FREE}, 0),
-    "fisher, no codebooks": ("loss", {"score": "fisher", "formats": INTEGERS, **FREE}, 0),
     "fisher, int by channel": (
         "loss",
         {"score": "fisher", "scale": "float16", "formats": INTEGERS, "ranges": ("min-max",)},
         0,
     ),
     "hawq": ("loss", {"score": "hawq", **FREE}, 0),
-    "modelopt": ("loss", {"score": "modelopt", **FREE}, 0),
-    "autoround": ("loss", {"score": "autoround", **FREE}, 0),
+    "modelopt": ("loss", {"score": "modelopt", **WHOLE}, 0),
+    "autoround": ("loss", {"score": "autoround", **WHOLE}, 0),
     "weight error": ("loss", {"score": "weight-mse", **FREE}, 0),
     "random": ("loss", {"score": "random", **FREE}, 0),
     "reverse": ("loss", {"score": "reverse", **FREE}, 0),
-    "fisher, with one bit": ("loss", {"score": "fisher", "formats": TINY, **FREE}, 0),
-    "fisher, with one bit, distilled": ("loss", {"score": "fisher", "formats": TINY, **FREE}, 1200),
-    "uniform": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, 0),
+    "one width": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, 0),
+    "one width, distilled": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, DISTILL),
 }
 
 
@@ -183,9 +183,6 @@ def ours(
         dataset = runner.store.find("dataset", given.id)
         assert dataset is not None
         inputs["dataset"] = dataset
-    by_gain = settings.get("timestep_weights") == "gain"
-    if by_gain:
-        inputs["trajectory"] = tables["runs"]
     try:
         plan = runner.run(Step("plan", inputs, config))
     except ConfigError:
@@ -193,8 +190,6 @@ def ours(
     inputs = {"checkpoint": checkpoint, "plan": plan}
     if table.recipe.config["granularity"] == "weight":
         inputs["fisher"] = table
-        if by_gain:
-            inputs["trajectory"] = tables["runs"]
     made = runner.run(Step("quantize", inputs, QuantizeConfig(distill=steps)))
     return Made(plan.id, made.id, made.file("model.safetensors").bytes, runner.load(made))
 

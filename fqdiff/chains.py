@@ -22,7 +22,7 @@ PLANS: Mapping[str, PlanConfig] = {
     "int8": PlanConfig("uniform", low="int8"),
     "int4": PlanConfig("uniform", low="int4"),
     "Fisher budget, 4.25 bits": PlanConfig(
-        "budget", target_bpw=4.25, granularity="tensor,channel,group-near:64", scale="float16"
+        "budget", target_bpw=4.25, granularity="tensor,channel,group-near:64,output", scale="float16"
     ),
 }
 

@@ -83,7 +83,7 @@ STAGES: Mapping[str, Stage] = {
         ("checkpoint", "dataset", "empirical", "true", "trajectory"),
     ),
     "plan": Stage(
-        "plan", "fqdiff.stages.plan:plan_by_gain", ("checkpoint", "fisher", "dataset", "trajectory"), schema=4
+        "plan", "fqdiff.stages.plan:plan_by_gain", ("checkpoint", "fisher", "dataset", "trajectory"), schema=5
     ),
     "quantize": Stage(
         "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")

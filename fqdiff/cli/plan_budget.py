@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fqdiff.cli.session import Session
 from fqdiff.cli.show import byte_count, mebibytes, table
-from fqdiff.configs import RIVALS, PlanConfig
+from fqdiff.configs import OUTPUT, RIVALS, PlanConfig
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 TARGETS = {"target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"}
 MOST_POINTS = 1000
 GRAINS = ("tensor", "channel", "group-near:64")  # what a budget chooses from unless it is told otherwise
+PLAIN = {"phases": 1, "rounding": "nearest", "predictor": "diagonal"}  # with which output channels may differ in format
+ONE_FORMAT = ("uniform", "modelopt", "autoround")  # scores of tensors in one format each
 
 
 def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
@@ -38,15 +40,24 @@ def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | N
     }
     if any(value is not None for value in targets.values()):
         chosen |= {name: getattr(PlanConfig, name) if v is None else v for name, v in targets.items()}
-    kind = str(fisher.recipe.config.get("kind")) if fisher is not None else ""
-    return session.settings("plan", PlanConfig, budget_defaults(kind), strategy="budget", **chosen)
+    given = session.tables().get("plan", {}) | {name: value for name, value in chosen.items() if value is not None}
+    table = fisher.recipe.config if fisher is not None else {}
+    return session.settings("plan", PlanConfig, budget_defaults(table, given), strategy="budget", **chosen)
 
 
-def budget_defaults(fisher_kind: str) -> dict[str, object]:
-    """What a budget takes unless it is told otherwise, with a Fisher table of that kind; empty without one."""
+def budget_defaults(table: "Mapping[str, object]", given: "Mapping[str, object]") -> dict[str, object]:
+    """What a budget takes unless it is told otherwise, with a Fisher table of the settings ``table``, empty for none.
+
+    ``given``: what it is told. Output channels may differ in format where single weights' values tell them apart, and nothing
+    that is given forbids it.
+    """
     from fqdiff.planning.scores import default_score
 
-    return {"score": default_score(fisher_kind), "granularity": ",".join(GRAINS), "scale": "float16"}
+    score = default_score(str(table.get("kind", "")))
+    told = {"score": score} | {name: given[name] for name in (*PLAIN, "score") if name in given}
+    plain = all(told.get(name, value) == value for name, value in PLAIN.items())
+    mixed = table.get("granularity") == "weight" and plain and told["score"] not in ONE_FORMAT
+    return {"score": score, "granularity": ",".join((*GRAINS, OUTPUT) if mixed else GRAINS), "scale": "float16"}
 
 
 def parse_grid(text: str) -> list[float]:

@@ -279,7 +279,7 @@ def plan_of(point: Mapping[str, object], tables: "Mapping[str, Source]") -> "tup
         )
     table = tables[str(named)] if named is not None else None
     kind = str(table.recipe.config.get("kind")) if table is not None else ""
-    defaults = budget_defaults(kind) if budget else {}
+    defaults = budget_defaults(table.recipe.config if table is not None else {}, settings) if budget else {}
     config: PlanConfig = _built(PlanConfig, {**defaults, "strategy": strategy, **settings}, where)
     other = point.get("trajectory")
     gain = config.timestep_weights == "gain" and kind != "trajectory"
