@@ -54,6 +54,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}, 0),
     "fisher": ("loss", {"score": "fisher", **FREE}, 0),
     "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}, 0),
+    "fisher, gram": ("loss", {"score": "fisher", "predictor": "gram", **WHOLE}, 0),
     "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}, 0),
     "fisher, int by channel": (
         "loss",
@@ -177,7 +178,7 @@ def ours(
     role, settings, steps = STRATEGIES[name]
     table, config = tables[role], PlanConfig("budget", **target, **settings)
     inputs = {"checkpoint": checkpoint, "fisher": table}
-    if settings["score"] in RIVALS:
+    if settings["score"] in RIVALS or settings.get("predictor") == "gram":
         given = table.input("dataset")
         assert given is not None
         dataset = runner.store.find("dataset", given.id)

@@ -154,17 +154,20 @@ def sdnq_settings() -> list[Setting]:
         if name[-1] not in "78" and "float8" not in name:  # there all groups are rows
             made[f"{name}, rows"] = {"weights_dtype": name, **rows}
     everywhere = {"minimum_allowed_numel": 0, "minimum_allowed_channel_size": 0}
-    methods: dict[str, dict[str, Any]] = {
-        "all layers": everywhere,
-        "all layers, groups": {**everywhere, "group_size": 0},
-        "all layers but the ends": {**everywhere, "modules_to_not_convert": ["stem", "head"]},
-        "all layers, Hadamard": {**everywhere, "use_hadamard": True},
-        "all layers, SVD of rank 4": {**everywhere, "use_svd": True, "svd_rank": 4},
-        "SVD of rank 32": {"use_svd": True},
-        "all layers, codebooks": {**everywhere, "use_codebook": True},
-        "all layers, dynamic": {**everywhere, "use_dynamic_quantization": True},
-        "all layers, dynamic codebooks": {**everywhere, "use_dynamic_quantization": True, "use_codebook": True},
-    }
+    methods: dict[str, dict[str, Any]] = {"SVD of rank 32": {"use_svd": True}}
+    for covered, most in (
+        ("all layers", everywhere),
+        ("all layers but the ends", {**everywhere, "modules_to_not_convert": ["stem", "head"]}),
+    ):
+        methods |= {
+            covered: most,
+            f"{covered}, groups": {**most, "group_size": 0},
+            f"{covered}, Hadamard": {**most, "use_hadamard": True},
+            f"{covered}, SVD of rank 4": {**most, "use_svd": True, "svd_rank": 4},
+            f"{covered}, codebooks": {**most, "use_codebook": True},
+            f"{covered}, dynamic": {**most, "use_dynamic_quantization": True},
+            f"{covered}, dynamic codebooks": {**most, "use_dynamic_quantization": True, "use_codebook": True},
+        }
     for name in ("uint6", "uint5", "uint4", "uint3", "uint2"):
         small = {"weights_dtype": name, "dtype": "float16", "scale_dtype": "uint8", **rows}
         for label, options in methods.items():

@@ -2,8 +2,8 @@
 
     pip install -c constraints.txt 'fqdiff[bench]'
     fqdiff import pretrained:mnist-small --name mnist-small
-    fqdiff fisher mnist-small --kind true --timesteps 50 --granularity weight --bins 1 --name loss
-    fqdiff fisher mnist-small --kind trajectory --samples 64 --name runs
+    fqdiff fisher mnist-small --kind true --timesteps 200 --granularity weight --bins 10 --name loss
+    fqdiff fisher mnist-small --kind trajectory --samples 64 --granularity weight --bins 1 --name runs
     python benchmarks/rivals.py --images 64
 
 Every setting of either library is quantized, its file's bytes are counted and its noise error is measured. For each budget of
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--loss", default="loss", help="Fisher table of the loss, with single weights")
     parser.add_argument("--runs", default="runs", help="Fisher table of sampler runs")
     parser.add_argument("--budgets", default="2.5,3,4,5,6.5", help="bits per weight; each library enters once for each")
-    parser.add_argument("--plans", default="fisher", help="our strategies, of those of budget.py, with commas")
+    parser.add_argument("--plans", default="trajectory", help="our strategies, of those of budget.py, with slashes")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="of DDIM")
     parser.add_argument("--results", type=Path, help="where measurements are kept (default: STORE-rivals.jsonl)")
@@ -244,7 +244,7 @@ def main() -> None:
     groups: list[tuple[Row, list[Row]]] = []
     for setting, plain in entrants(works, [float(b) for b in options.budgets.split(",")], parameters):
         rival = bench.rival_with_images(setting, plain)
-        made = [bench.plan(name, rival.file_bytes) for name in options.plans.split(",") if name]
+        made = [bench.plan(name, rival.file_bytes) for name in options.plans.split("/") if name]
         groups.append((rival, [row for row in made if row is not None]))
         print("\n".join(compared(groups[-1:], parameters)[2:]), flush=True)
 

@@ -19,8 +19,8 @@ from fqdiff.store.codecs import CODECS
 from fqdiff.store.sources import dataset_config, default_dataset, image_channels, load_dataset, open_source, parse_idx
 from fqdiff.store.torchvision import import_torchvision
 from fqdiff.values import Dataset
+from tests.attacker import little_memory
 from tests.test_store import same
-from tests.test_store_hostile import little_memory
 
 TRAIN, TEST = 7, 3
 
