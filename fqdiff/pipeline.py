@@ -105,7 +105,10 @@ STAGES: Mapping[str, Stage] = {
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
     "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
     "compare": Stage(
-        "comparison", "fqdiff.stages.compare:compare", ("dataset", "features", "baseline", "floor", "model*")
+        "comparison",
+        "fqdiff.stages.compare:compare",
+        ("dataset", "features", "baseline", "floor", "model*", "network*"),
+        schema=2,
     ),
 }
 
