@@ -228,7 +228,10 @@ def test_the_picture_names_models_and_marks_what_is_identical(
     result: dict[str, Any], store: Path, tmp_path: Path
 ) -> None:
     data = good(store, "plot", "compare", str(result["id"]), "--format", "svg", "--output", str(tmp_path / "pictures"))
-    (path,) = (Path(f) for f in data["files"])  # type: ignore[attr-defined]
-    drawn = path.read_text()
+    first, second = (Path(f) for f in data["files"])  # type: ignore[attr-defined]
+    drawn = second.read_text()
+    for text in ("float32 (identical)", "int2", "16 runs, ddim, 4 steps", "timestep t", f"comparison {result['id']}"):
+        assert text in drawn
+    drawn = first.read_text()
     for text in ("float32", "int8", "int2", "identical images", "other noise", f"comparison {result['id']}"):
         assert text in drawn
