@@ -85,6 +85,7 @@ STAGES: Mapping[str, Stage] = {
     "plan": Stage(
         "plan", "fqdiff.stages.plan:plan_by_gain", ("checkpoint", "fisher", "dataset", "trajectory"), schema=5
     ),
+    "plan-plugin": Stage("plan", "fqdiff.stages.plan:plan_by_plugin", ("checkpoint", "fisher")),
     "quantize": Stage(
         "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")
     ),
