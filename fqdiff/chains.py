@@ -1,7 +1,7 @@
 """The whole pipeline as one chain of steps: train or import, Fisher, plans, quantized models, samples, FIDs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fqdiff.configs import (
     ClassifierConfig,
@@ -13,7 +13,7 @@ from fqdiff.configs import (
     SampleConfig,
     quantize_reads_fisher,
 )
-from fqdiff.errors import LineageError
+from fqdiff.errors import LineageError, require
 from fqdiff.pipeline import External, Step
 from fqdiff.store.manifest import Manifest
 
@@ -108,9 +108,13 @@ def comparison_step(
     baseline: Manifest | Step,
     models: Sequence[Manifest | Step],
     floor: Manifest | Step | None,
+    networks: Sequence[Manifest | Step],
     config: CompareConfig,
 ) -> Step:
     """The step that compares samples ``models`` with samples ``baseline``; ``floor`` are the baseline's with another seed.
+
+    ``networks``: the models that made ``baseline`` and ``models``, in this order. Their runs repeat those of the samples: what
+    ``config`` says of the sampler is filled in.
 
     Raises LineageError unless all were sampled in the same way, and all but the floor with the same seed: only then does
     image k come from the same noise everywhere.
@@ -133,4 +137,14 @@ def comparison_step(
     if floor is not None:
         inputs["floor"] = floor
     inputs |= {f"model{k}": source for k, source in enumerate(models, start=1)}
+    if config.compares_networks:
+        inputs |= {f"network{k}": source for k, source in enumerate(networks)}
+    require(
+        not (config.sampler or config.steps or config.eta),
+        "runs of the sampler are those of the samples: comparisons have no sampler, steps or eta of their own",
+        "leave them out of [compare]",
+    )
+    if config.trajectories:
+        given = {name: first.config[name] for name in ("sampler", "steps", "eta")}
+        config = replace(config, **given)
     return Step("compare", inputs, config)

@@ -85,6 +85,7 @@ STAGES: Mapping[str, Stage] = {
     "plan": Stage(
         "plan", "fqdiff.stages.plan:plan_by_gain", ("checkpoint", "fisher", "dataset", "trajectory"), schema=5
     ),
+    "plan-plugin": Stage("plan", "fqdiff.stages.plan:plan_by_plugin", ("checkpoint", "fisher")),
     "quantize": Stage(
         "quantized", "fqdiff.stages.quantize:quantize_by_gain", ("checkpoint", "plan", "fisher", "trajectory")
     ),
@@ -105,7 +106,10 @@ STAGES: Mapping[str, Stage] = {
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
     "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
     "compare": Stage(
-        "comparison", "fqdiff.stages.compare:compare", ("dataset", "features", "baseline", "floor", "model*")
+        "comparison",
+        "fqdiff.stages.compare:compare",
+        ("dataset", "features", "baseline", "floor", "model*", "network*"),
+        schema=2,
     ),
 }
 

@@ -1,6 +1,7 @@
 """``fqdiff compare`` from end to end, on the tiny preset."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_the_text_leads_with_paired_metrics(store: Path) -> None:
     (same,) = [line for line in lines if line.startswith("float32 ") and "identical" in line]
     assert "0.00e+00" in same
     assert any(line.startswith("full, other noise") for line in lines)
+    (start,) = (k for k, line in enumerate(lines) if line.startswith("Noise predicted for held-out images"))
+    assert lines[start].endswith(": 20 timesteps, 32 images at each")
+    means = [float(line.split()[1]) for line in lines[start + 3 : start + 6]]
+    assert means[0] == 0 < means[1] < means[2]
+    (start,) = (k for k, line in enumerate(lines) if line.startswith("Sampler runs from the same noise"))
+    assert lines[start].endswith(": ddim, 4 steps, 16 runs")
 
 
 def test_samples_named_are_those_that_models_would_get(result: dict[str, Any], store: Path) -> None:
@@ -110,6 +117,59 @@ def test_a_comparison_without_floor_makes_no_samples_with_another_seed(store: Pa
     assert {m.id for m in Store(store).manifests("samples")} == before
 
 
+def test_the_models_are_inputs_and_their_runs_are_the_samples_own(result: dict[str, Any], store: Path) -> None:
+    opened = Store(store)
+    manifest = opened.find("comparison", str(result["id"]))
+    assert manifest is not None
+    made_by = {}
+    for k, role in enumerate(("baseline", "model1", "model2", "model3")):
+        samples = opened.find("samples", str(result["roles"][role]["samples"]))
+        assert samples is not None
+        made_by[f"network{k}"] = samples.input("model").id  # type: ignore[union-attr]
+    assert {i.role: i.id for i in manifest.recipe.inputs if i.role.startswith("network")} == made_by
+    assert {name: manifest.recipe.config[name] for name in ("sampler", "steps", "eta")} == {
+        "sampler": "ddim", "steps": 4, "eta": 0.0,
+    }  # fmt: skip
+    last = result["divergence"][2]["points"][-1]
+    assert last["at"] == 4
+    error = next(m for m in result["measures"] if (m["metric"], m["of"]) == ("image_mse", "model3"))
+    assert last["value"] == pytest.approx(error["value"], rel=0.7)  # of the first 16 of 40 images
+
+
+def test_networks_are_left_alone_where_nobody_asks(store: Path) -> None:
+    data = good(store, "compare", "full", "int8", *quick(store), "--error-inputs", "0", "--trajectories", "0")
+    manifest = Store(store).find("comparison", str(data["id"]))
+    assert manifest is not None
+    assert [i.role for i in manifest.recipe.inputs] == ["dataset", "features", "baseline", "floor", "model1"]
+    assert (data["noise_error"], data["divergence"], data["sampler"]) == ([], [], "")
+    done = call(store, "compare", "full", "int8", *quick(store), "--error-inputs", "0", "--trajectories", "0")
+    assert "Noise predicted" not in done.stdout
+    assert "Sampler runs" not in done.stdout
+
+
+def test_samples_of_a_model_that_is_gone_are_refused_by_name(
+    result: dict[str, Any], store: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    samples = str(result["roles"]["model2"]["samples"])
+    model = Store(copy).resolve(samples, ("samples",)).input("model")
+    assert model is not None
+    good(copy, "store", "rm", f"{model.kind}/{model.id}", "--force")
+    done = call(copy, "compare", "full", samples, "--features", "digits")
+    assert done.exit_code == 1
+    assert (
+        f"{samples}: the model behind these samples, quantized {model.id}, is not in the store any more" in done.stderr
+    )
+
+
+def test_a_sampler_of_compares_own_is_refused(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("[compare]\nsteps = 3\n")
+    done = call(store, "compare", "full", "int8", "--features", "digits", "--config", str(tmp_path / "own.toml"))
+    assert done.exit_code == 2
+    assert "runs of the sampler are those of the samples" in done.stderr
+
+
 def test_a_dry_run_makes_nothing(store: Path) -> None:
     before = [m.id for m in Store(store).manifests()]
     data = good(store, "compare", "full", "int8", *quick(store), "--seed", "5", "--dry-run")
@@ -134,6 +194,7 @@ def test_a_network_of_ones_own_gives_the_features(store: Path, tmp_path: Path) -
         (["full", "nothing"], 1, "is named 'nothing'"),
         (["full", "int8", "--level", "2"], 2, "level is 2.0"),
         (["full", "int8", "--count", "5000"], 2, "5000 images asked for; there are 1000 held-out ones"),
+        (["full", "int8", "--trajectories", "1"], 2, "trajectories is 1"),
         (["full", "int8", "--features", "clip"], 2, "unknown features 'clip'"),
         (["full", "int8", "--features", "torchscript:/no/such.pt"], 1, "no feature network at /no/such.pt"),
         (["SAMPLES", "int8", "--steps", "9"], 2, "--steps beside samples"),
@@ -159,7 +220,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
 def test_the_artifact_is_plain_json(result: dict[str, Any], store: Path) -> None:
     path = Store(store).directory("comparison", str(result["id"])) / "comparison.json"
     data = json.loads(path.read_text())
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["measures"] == result["measures"]
 
 
@@ -167,7 +228,10 @@ def test_the_picture_names_models_and_marks_what_is_identical(
     result: dict[str, Any], store: Path, tmp_path: Path
 ) -> None:
     data = good(store, "plot", "compare", str(result["id"]), "--format", "svg", "--output", str(tmp_path / "pictures"))
-    (path,) = (Path(f) for f in data["files"])  # type: ignore[attr-defined]
-    drawn = path.read_text()
+    first, second = (Path(f) for f in data["files"])  # type: ignore[attr-defined]
+    drawn = second.read_text()
+    for text in ("float32 (identical)", "int2", "16 runs, ddim, 4 steps", "timestep t", f"comparison {result['id']}"):
+        assert text in drawn
+    drawn = first.read_text()
     for text in ("float32", "int8", "int2", "identical images", "other noise", f"comparison {result['id']}"):
         assert text in drawn

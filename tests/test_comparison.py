@@ -208,7 +208,7 @@ CONFIG = CompareConfig(resamples=60, full_precision_of=(1, 2))
 @pytest.fixture(scope="module")
 def comparison(real: Dataset, sets: dict[str, SampleSet]) -> Comparison:
     models = [sets[name] for name in ("same", "near", "dark")]
-    return compare(real, PIXELS, sets["baseline"], sets["floor"], models, CONFIG, 0, Context())
+    return compare(real, PIXELS, sets["baseline"], sets["floor"], models, [], CONFIG, 0, Context())
 
 
 def test_equal_images_differ_in_nothing(comparison: Comparison) -> None:
@@ -250,7 +250,7 @@ def test_the_floor_is_compared_with_the_baseline_alone(comparison: Comparison) -
 def test_a_lower_fid_than_full_precisions_is_not_called_better(real: Dataset, sets: dict[str, SampleSet]) -> None:
     for own, word in (((1,), "not worse"), ((), "better")):
         config = replace(CONFIG, full_precision_of=own)
-        found = compare(real, PIXELS, sets["dark"], None, [sets["baseline"]], config, 0, Context())
+        found = compare(real, PIXELS, sets["dark"], None, [sets["baseline"]], [], config, 0, Context())
         assert found.pair("fid", "model1", "baseline").verdict == word
         assert found.floor_seed is None
 
@@ -274,8 +274,8 @@ def test_a_stopped_bootstrap_goes_on_where_it_was(
     monkeypatch.setattr(stage, "frechet_draws", draws)
     context = Context(parts=parts, save_interval=0)
     with pytest.raises(KeyboardInterrupt):
-        compare(real, PIXELS, sets["baseline"], sets["floor"], models, CONFIG, 0, context)
-    resumed = compare(real, PIXELS, sets["baseline"], sets["floor"], models, CONFIG, 0, context)
+        compare(real, PIXELS, sets["baseline"], sets["floor"], models, [], CONFIG, 0, context)
+    resumed = compare(real, PIXELS, sets["baseline"], sets["floor"], models, [], CONFIG, 0, context)
     assert len(calls) == 4  # of three pieces, the second was interrupted
     assert [d.verdict for d in resumed.differences] == [d.verdict for d in comparison.differences]
     assert [m.value for m in resumed.measures] == [m.value for m in comparison.measures]
@@ -285,7 +285,7 @@ def test_a_stopped_bootstrap_goes_on_where_it_was(
 
 def test_sets_that_cannot_be_paired_are_refused(real: Dataset, sets: dict[str, SampleSet]) -> None:
     def run(model: SampleSet, floor: SampleSet | None = None, count: int = 0) -> None:
-        compare(real, PIXELS, sets["baseline"], floor, [model], replace(CONFIG, count=count), 0, Context())
+        compare(real, PIXELS, sets["baseline"], floor, [model], [], replace(CONFIG, count=count), 0, Context())
 
     with pytest.raises(LineageError, match="model1 has seed 4, the baseline 3"):
         run(sets["floor"])
@@ -296,20 +296,28 @@ def test_sets_that_cannot_be_paired_are_refused(real: Dataset, sets: dict[str, S
     with pytest.raises(ConfigError, match="50 images asked for; there are 20 of model1"):
         run(SampleSet(sets["near"].images[:20], 3), count=50)
     with pytest.raises(ConfigError, match="no model"):
-        compare(real, PIXELS, sets["baseline"], None, [], CONFIG, 0, Context())
+        compare(real, PIXELS, sets["baseline"], None, [], [], CONFIG, 0, Context())
 
 
 def test_features_that_are_not_finite_are_refused_by_name(real: Dataset, sets: dict[str, SampleSet]) -> None:
     network = FeatureNetwork("log", "0" * 64, lambda images: (images.float().flatten(1)[:, ::7] - 300).log())
     with pytest.raises(NumericalError, match="features of held-out images hold NaN or infinity"):
-        compare(real, network, sets["baseline"], None, [sets["dark"]], CONFIG, 0, Context())
+        compare(real, network, sets["baseline"], None, [sets["dark"]], [], CONFIG, 0, Context())
 
 
 def test_all_sets_are_cut_to_one_n(real: Dataset, sets: dict[str, SampleSet]) -> None:
     short = SampleSet(sets["near"].images[:30], 3)
-    found = compare(real, PIXELS, sets["baseline"], sets["floor"], [short, sets["dark"]], CONFIG, 0, Context())
+    found = compare(real, PIXELS, sets["baseline"], sets["floor"], [short, sets["dark"]], [], CONFIG, 0, Context())
     again = compare(
-        real, PIXELS, sets["baseline"], sets["floor"], [short, sets["dark"]], replace(CONFIG, count=30), 0, Context()
+        real,
+        PIXELS,
+        sets["baseline"],
+        sets["floor"],
+        [short, sets["dark"]],
+        [],
+        replace(CONFIG, count=30),
+        0,
+        Context(),
     )
     assert found == again
     assert found.n == 30
@@ -328,7 +336,7 @@ def test_samples_made_in_other_ways_are_not_compared() -> None:
     features = External("digits", "0" * 16, None)
 
     def step(*models: Manifest, floor: Manifest | None = None) -> Step:
-        return comparison_step(samples(), features, samples(), models, floor, CONFIG)
+        return comparison_step(samples(), features, samples(), models, floor, [], CONFIG)
 
     with pytest.raises(LineageError, match=r"have steps 20, the baseline's .* 50"):
         step(samples(steps=20))

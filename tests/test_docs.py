@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from fqdiff.cli.app import app
+from fqdiff.store.store import Store
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,6 +56,32 @@ def test_the_fisher_example_names_tensors(store: str) -> None:
     names = load(ROOT / "examples" / "query_fisher.py").main(store)
     assert len(set(names)) == 5
     assert "head.output.weight" in names
+
+
+def test_the_chain_example_compares_what_it_made(tmp_path: Path) -> None:
+    errors = load(ROOT / "examples" / "end_to_end.py").main(str(tmp_path / "store"), count=20, steps=10)
+    assert 0 < errors["fisher, 4 bits"] < errors["reverse, 4 bits"]
+
+
+def test_the_example_of_ones_own_network_gets_smaller_and_the_mix_lies_between() -> None:
+    found = load(ROOT / "examples" / "own_unet.py").main(channels=16)
+    sizes, errors = ([value[k] for value in found.values()] for k in (0, 1))
+    assert errors[0] == 0 < errors[1] < errors[3] < errors[2]
+    assert sizes[0] > sizes[1] > sizes[3] > sizes[2]
+
+
+def test_the_features_example_is_taken_by_fid_and_compare(store: str, tmp_path: Path) -> None:
+    path = load(ROOT / "examples" / "own_features.py").main(str(tmp_path / "edges.pt"))
+    runner = CliRunner(env={"FQDIFF_STORE": store})
+    full = Store(Path(store)).resolve("latest", ("checkpoint",)).id
+    for command in (
+        ["plan", full, "--uniform", "int4", "--name", "four"],
+        ["compare", full, "four", "--count", "20", "--steps", "3", "--features", f"torchscript:{path}"],
+        ["fid", "--features", f"torchscript:{path}"],
+    ):
+        result = runner.invoke(app, [*command, "--json"])
+        assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["dimension"] == 32
 
 
 def test_the_python_page_runs_from_top_to_bottom(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

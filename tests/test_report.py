@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ from fqdiff.report.markdown import escape, markdown
 from fqdiff.report.page import PAGE_LIMIT, html_page
 from fqdiff.report.pictures import TIMESTEPS, fisher_section
 from fqdiff.report.samples import sample_section
-from fqdiff.report.tables import Table, tables
+from fqdiff.report.tables import Table, decile_mean, deciles, tables
 from fqdiff.report.words import dominated, verdict
 from fqdiff.store.store import Store
-from fqdiff.values import TrajectoryEntry
+from fqdiff.values import Curve, Point, TrajectoryEntry
 from fqdiff.viz.lineage import Node, places_of
 from fqdiff.viz.pareto import Dot, front
 from fqdiff.viz.samples import magnified_difference
@@ -34,7 +35,7 @@ from tests.test_cli import call, good
 
 VOID = {"meta", "img", "input", "br", "link", "hr"}
 HOSTILE = "</script><script>window.hacked=1</script>\"'><img src=x onerror=window.hacked=1>&$x$|`*\n\x00"
-SECTIONS = ["verdict", "models", "pareto", "samples", "metrics", "plans", "fisher", "lineage", "reproduce"]
+SECTIONS = ["verdict", "models", "pareto", "samples", "metrics", "curves", "plans", "fisher", "lineage", "reproduce"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def hostile(report: Report) -> Report:
         )
         for role, plan in report.plans.items()
     }
-    comparison = replace(report.comparison, features=HOSTILE, reference=HOSTILE)
+    comparison = replace(report.comparison, features=HOSTILE, reference=HOSTILE, sampler=HOSTILE)
     return replace(report, rows=rows, artifacts=artifacts, fisher=fisher, plans=plans, comparison=comparison)
 
 
@@ -198,7 +199,7 @@ def test_hostile_text_adds_no_tag_anywhere(page: str, hostile_page: str) -> None
     of_hostile, of_benign = ([t for t, _ in p.tags if t not in drawn] for p in (parsed, Page(page)))
     assert of_hostile == of_benign
     assert not any(name.startswith("on") for _, a in parsed.tags for name in a)
-    assert len(parsed.all("script")) == 2
+    assert len(parsed.all("script")) == 4
 
 
 def test_files_of_the_page_are_in_the_package() -> None:
@@ -279,9 +280,43 @@ def test_whole_sampler_runs_have_dots_in_the_place_of_a_map(report: Report) -> N
     assert not parsed.all("script")
 
 
+def json_of(page: str) -> list[dict[str, Any]]:
+    return [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+
+
+def test_every_point_of_a_curve_tells_its_values(report: Report, page: str) -> None:
+    told = [found for found in json_of(page) if "texts" in found]
+    value = report.comparison
+    for data, curves, name in zip(told, (value.noise_error, value.divergence), ("t = ", "step "), strict=True):
+        assert len(data["texts"]) == len(data["places"]) == len(curves[0].points)
+        assert data["places"] == sorted(data["places"])
+        for k, text in enumerate(data["texts"]):
+            first, *lines = text.splitlines()
+            assert first == f"{name}{curves[0].points[k].at}"
+            assert [line.partition(": ")[0] for line in lines] == [report.labels[c.of] for c in curves]
+            found = [float(line.partition(": ")[2].partition(" ")[0]) for line in lines]
+            assert found == pytest.approx([c.points[k].value for c in curves], rel=6e-3)
+
+
+def test_deciles_are_weighted_means_that_make_up_the_whole(report: Report) -> None:
+    """Ten tenths of the way to the last point; by hand for a curve of three points."""
+    points = tuple(
+        Point(at, weight, value, 0.0) for at, weight, value in ((0, 0.2, 1.0), (5, 0.2, 3.0), (99, 0.6, 7.0))
+    )
+    curve = Curve("model1", 2, points, 5.0, 0.0, 5.0, 5.0)
+    tenths = deciles([p.at for p in points])
+    assert tenths == [(0, 5), (99, 99)]
+    assert [decile_mean(curve, *tenth) for tenth in tenths] == pytest.approx([2.0, 7.0])
+    noise, runs = (t for t in tables(report) if t.title.startswith(("Noise error", "Divergence")))
+    assert noise.header[0] == runs.header[0] == "model"
+    assert 2 < len(noise.header) <= 12
+    assert len(runs.header) == 2 + 3  # three steps
+    assert cells(noise, "mean")["float32"] == "0.00e+00 ± 0.0e+00"
+
+
 def test_every_cell_of_the_heat_map_is_a_value_of_the_table(report: Report, page: str) -> None:
     ((_, subject),) = report.fisher.items()
-    (data,) = [json.loads(found) for found in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+    (data,) = [found for found in json_of(page) if "rows" in found]
     assert len(data["timesteps"]) == TIMESTEPS
     assert data["timesteps"][0] == int(subject.table.timesteps[0])
     assert data["timesteps"][-1] == int(subject.table.timesteps[-1])
@@ -352,7 +387,14 @@ def test_what_is_gone_is_left_out(store: Path, tmp_path: Path) -> None:
         good(copy, "store", "rm", row.model, "--force")
     parsed = Page(html_page(report_of(copy)))
     assert not parsed.problems
-    assert [a["id"] for a in parsed.all("section")] == ["verdict", "models", "metrics", "lineage", "reproduce"]
+    assert [a["id"] for a in parsed.all("section")] == [
+        "verdict",
+        "models",
+        "metrics",
+        "curves",
+        "lineage",
+        "reproduce",
+    ]
     assert call(copy, "plot", "pareto").exit_code == 1
     for row in whole.rows:
         call(copy, "store", "rm", row.samples, "--force")
@@ -517,7 +559,7 @@ def test_the_page_renders_in_silence(opened: Browser, tmp_path: Path) -> None:
     for width in (1280, 390):
         opened.look(width, 844, "dark")
         assert opened.run("document.documentElement.scrollWidth <= innerWidth")
-        assert opened.run("document.querySelectorAll('svg').length") == 5
+        assert opened.run("document.querySelectorAll('svg').length") == 7
     assert opened.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     quiet(opened, tmp_path)
 
@@ -583,7 +625,7 @@ def test_the_heat_map_tells_the_cell_under_pointer_and_cursor(opened: Browser, r
         opened.press(key, code)
     value = float(subject.table.entries[names[2]].mean[0])
     first = int(subject.table.timesteps[0])
-    told = opened.run("document.querySelector('.readout').textContent")
+    told = opened.run("document.querySelector('.heat .readout').textContent")
     assert told.startswith(f"{names[2]}, t = {first}: ")
     assert float(told.rpartition(" ")[2]) == pytest.approx(value, rel=6e-3)
     opened.run("document.querySelector('.cells').scrollIntoView({block: 'end'})")
@@ -594,7 +636,33 @@ def test_the_heat_map_tells_the_cell_under_pointer_and_cursor(opened: Browser, r
     )
     opened.point(x + width - 1, y + height - 1)
     last = int(subject.table.timesteps[-1])
-    assert opened.run("document.querySelector('.readout').textContent").startswith(f"{names[-1]}, t = {last}: ")
+    assert opened.run("document.querySelector('.heat .readout').textContent").startswith(f"{names[-1]}, t = {last}: ")
+    quiet(opened, tmp_path)
+
+
+def test_curves_tell_the_point_under_pointer_and_cursor(opened: Browser, report: Report, tmp_path: Path) -> None:
+    value = report.comparison
+    opened.run("document.querySelector('#curves .places').focus()")
+    for key, code in (("ArrowRight", 39), ("ArrowRight", 39), ("ArrowLeft", 37)):
+        opened.press(key, code)
+    second = value.noise_error[2].points[1]
+    told = opened.run("document.querySelector('#curves .readout').textContent")
+    assert told.startswith(f"t = {second.at}; groups: ")
+    assert f"int2: {second.value:.2e} ± " in told
+    opened.press("End", 35)
+    told = opened.run("document.querySelector('#curves .readout').textContent")
+    assert told.startswith(f"t = {value.noise_error[0].points[-1].at}; ")
+    opened.run("[...document.querySelectorAll('#curves .places')].pop().scrollIntoView({block: 'center'})")
+    opened.settle()
+    x, y, width, height = opened.run(
+        "(() => { const b = [...document.querySelectorAll('#curves .places')].pop().getBoundingClientRect();"
+        " return [b.left, b.top, b.width, b.height] })()"
+    )
+    opened.point(x + width - 2, y + height / 2)
+    tip = opened.run("document.getElementById('tip').textContent")
+    assert tip.startswith("step 3\n")
+    assert f"int2: {value.divergence[2].points[-1].value:.2e} ± " in tip
+    assert not opened.run("[...document.querySelectorAll('#curves .line')].pop().hidden")
     quiet(opened, tmp_path)
 
 

@@ -43,6 +43,7 @@ from fqdiff.values import (
     ClassifierWeights,
     Comparison,
     Correlation,
+    Curve,
     Dataset,
     ErrorShape,
     FidResult,
@@ -51,6 +52,7 @@ from fqdiff.values import (
     ModelSpec,
     Plan,
     PlanEntry,
+    Point,
     QuantizedCheckpoint,
     SampleSet,
     TriedPlans,
@@ -138,7 +140,9 @@ def tiny_comparison() -> Comparison:
         for metric in (*PAIRED, *DISTRIBUTION)
     }
     rows = measures(results, 0.95), differences(results, 2, (1,), 10, 0.95)
-    return Comparison(10, 0.95, 50, "digits", "0" * 64, 84, "noise", 0, 1, 2, *rows)
+    points = Point(3, 0.25, 0.0, 0.0), Point(7, 0.75, 2.0, 0.1)
+    curves = [(Curve("model2", 8, points, 1.5, 0.1, 1.3, 1.7),)] * 2
+    return Comparison(10, 0.95, 50, "digits", "0" * 64, 84, "noise", 0, 1, 2, *rows, *curves, "ddim, 2 steps")
 
 
 @cache

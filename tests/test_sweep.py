@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -293,14 +295,52 @@ def test_an_interrupted_sweep_continues_to_the_same_table(
     seen += process.stderr.read()
     assert "Traceback" not in seen
     assert seen.splitlines()[-1] == "interrupted; the same command continues where it stopped"
-    left = subprocess.run(["ps", "-o", "stat=", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert all(state.startswith("Z") for state in left)  # ended, if not yet buried
+    assert all(state.startswith("Z") for state in states_of_group(process.pid))  # ended, if not yet buried
     assert not (store / "sweeps").exists()
     before = ids(store)
     done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
     assert before < ids(store) == ids(swept[0])
     assert Path(done["csv"]).name == Path(swept[1]["csv"]).name
     assert Path(done["csv"]).read_bytes() == Path(swept[1]["csv"]).read_bytes()
+
+
+@pytest.mark.parametrize(("jobs", "kill"), [(1, os.killpg), (2, os.kill)])
+def test_a_killed_sweep_leaves_the_store_whole_and_the_same_command_finishes_it(
+    jobs: int,
+    kill: Callable[[int, int], None],
+    swept: tuple[Path, dict[str, Any]],
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    """SIGKILL, in the middle of a cell: all at once, and the parent alone, whose workers are then waited for or take over.
+
+    Rejects a lock that outlives its process, an artifact that is there before all of it is, and a table of half the cells.
+    """
+    file = written(tmp_path, SMALL)
+    command = [sys.executable, "-m", "fqdiff", "sweep", file, "--store", str(store), "--jobs", str(jobs)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    while "[1/3]" not in (read := process.stderr.readline()):
+        assert read
+    kill(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    assert not (store / "sweeps").exists()
+    assert good(store, "store", "verify")["damaged"] == []
+    begun = ids(store)
+    done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
+    assert begun <= ids(store) == ids(swept[0])
+    assert done["failed"] == 0
+    assert Path(done["csv"]).read_bytes() == Path(swept[1]["csv"]).read_bytes()
+    assert good(store, "store", "verify")["damaged"] == []
+    deadline = time.monotonic() + 60
+    while any(not state.startswith("Z") for state in states_of_group(process.pid)):  # orphans end with their cell
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.stderr.close()
+
+
+def states_of_group(group: int) -> list[str]:
+    return subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True).stdout.split()
 
 
 # --- bad files -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from fqdiff.cli.sample import SAMPLER_HELP, sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
 from fqdiff.configs import CompareConfig, SampleConfig, config_from_data
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +52,22 @@ def compare(
     resamples: Annotated[
         int | None, typer.Option(min=20, help="Bootstrap resamples.", show_default=f"{CompareConfig.resamples}")
     ] = None,
+    error_inputs: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Noised held-out images at each timestep to compare predictions on; 0: none.",
+            show_default=f"{CompareConfig.error_inputs}",
+        ),
+    ] = None,
+    trajectories: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Runs of the sampler to follow step by step; 0: none.",
+            show_default=f"{CompareConfig.trajectories}",
+        ),
+    ] = None,
     noise_floor: Annotated[
         bool, typer.Option(help="Sample the baseline with another seed too: what chance alone does.")
     ] = True,
@@ -64,6 +80,8 @@ def compare(
 
     refs = [baseline, *models]
     found = [session.resolve(ref, SOURCES) for ref in refs]
+    for ref, manifest in zip(refs, found, strict=True):
+        check_model_is_there(session, ref, manifest)
     dataset = ancestor(session, found[0], "dataset")
     for ref, manifest in zip(refs, found, strict=True):
         if ancestor(session, manifest, "dataset").id != dataset.id:
@@ -80,9 +98,18 @@ def compare(
         floor = Step("sample", {"model": model_of(session, found[0])}, sampling, seed + 1)
     own = tuple(k for k, manifest in enumerate(found[1:], start=1) if is_quantized_from(session, manifest, found[0]))
     config = session.settings(
-        "compare", CompareConfig, {}, count=count, level=level, resamples=resamples, full_precision_of=own
+        "compare",
+        CompareConfig,
+        {},
+        count=count,
+        level=level,
+        resamples=resamples,
+        full_precision_of=own,
+        error_inputs=error_inputs,
+        trajectories=trajectories,
     )
-    step = comparison_step(dataset, network, samples[0], samples[1:], floor, config)
+    networks = [model_of(session, manifest) for manifest in found]
+    step = comparison_step(dataset, network, samples[0], samples[1:], floor, networks, config)
     labels = {"baseline": baseline, **{f"model{k}": ref for k, ref in enumerate(models, start=1)}}
     roles = {
         role: {"ref": labels.get(role, f"{baseline}, other noise"), "samples": step.inputs[role].id}
@@ -128,6 +155,18 @@ def model_of(session: Session, found: "Manifest") -> "Step | Manifest":
     if found.kind == "samples":
         return only_input(session, found, "model")
     return planned_step(session, found) if found.kind == "plan" else found
+
+
+def check_model_is_there(session: Session, ref: str, found: "Manifest") -> None:
+    """Raise ArtifactNotFound for samples whose model is gone: its predictions, and whether it is the baseline's own quantized
+    one, can no longer be told.
+    """
+    model = found.input("model")
+    if found.kind == "samples" and model is not None and session.store.find(model.kind, model.id) is None:
+        raise ArtifactNotFound(
+            f"{ref}: the model behind these samples, {model.kind} {model.id}, is not in the store any more",
+            "make it again with the command that made it (fqdiff show), or leave the samples out",
+        )
 
 
 def is_quantized_from(session: Session, found: "Manifest", baseline: "Manifest") -> bool:

@@ -1,14 +1,22 @@
 """A comparison in words: paired metrics first, since they see differences that no distance between distributions can."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from fqdiff.cli.show import table
-from fqdiff.report.words import DECIDING, DISTRIBUTION_COLUMNS, PAIRED_COLUMNS, interval, judged
+from fqdiff.report.words import (
+    DECIDING,
+    DISTRIBUTION_COLUMNS,
+    DIVERGENCE,
+    NOISE_ERROR,
+    PAIRED_COLUMNS,
+    interval,
+    judged,
+)
 
 if TYPE_CHECKING:
-    from fqdiff.values import Comparison
+    from fqdiff.values import Comparison, Curve
 
 
 def comparison_text(artifact: str, value: "Comparison", labels: Mapping[str, str]) -> str:
@@ -19,6 +27,7 @@ def comparison_text(artifact: str, value: "Comparison", labels: Mapping[str, str
         "Same noise, image by image: how far from the baseline's image",
         paired_table(value, labels),
         *([nearer, ""] if (nearer := nearer_text(value, labels)) else [""]),
+        *network_text(value, labels),
         f"Against real images: {value.reference}",
         distribution_table(value, labels),
         "",
@@ -58,6 +67,44 @@ def paired_table(value: "Comparison", labels: Mapping[str, str]) -> str:
         share = "identical" if error == 0 else f"{error / whole:.3%}" if whole > 0 else ""
         body.append([labels[role], *cells(value, role, PAIRED_COLUMNS), share])
     return table(header, body)
+
+
+def network_text(value: "Comparison", labels: Mapping[str, str]) -> list[str]:
+    """Noise errors and sampler runs, a row for each model; empty where neither was measured."""
+    lines = []
+    if value.noise_error:
+        count, samples = len(value.noise_error[0].points), value.noise_error[0].samples
+        lines += [
+            f"Noise predicted for held-out images, {NOISE_ERROR}: {count} timesteps, {samples} images at each",
+            table(["model", "mean over timesteps", "worst at t", "there"], curve_rows(value.noise_error, labels)),
+            "",
+        ]
+    if value.divergence:
+        rows = zip(curve_rows(value.divergence, labels), value.divergence, strict=True)
+        runs = [[*row, f"{curve.points[-1].value:.3e}"] for row, curve in rows]
+        lines += [
+            f"Sampler runs from the same noise, {DIVERGENCE}: {value.sampler}, {value.divergence[0].samples} runs",
+            table(["model", "mean over steps", "worst after step", "there", "last step"], runs),
+            "",
+        ]
+    there = {curve.of for curve in (*value.noise_error, *value.divergence)}
+    left_out = [labels[role] for role in models_of(value) if lines and role not in there]
+    if left_out:
+        lines += [f"{', '.join(left_out)}: neither, for noise schedule or kind of output are not the baseline's.", ""]
+    return lines
+
+
+def curve_rows(curves: "Sequence[Curve]", labels: Mapping[str, str]) -> list[list[str]]:
+    """Of each curve: model, mean, where it is highest, and how high."""
+    return [
+        [
+            labels[c.of],
+            f"{c.mean:.3e} ± {c.high - c.mean:.1e}",
+            str(c.worst.at) if c.worst.value else "",
+            f"{c.worst.value:.3e}",
+        ]
+        for c in curves
+    ]
 
 
 def nearer_text(value: "Comparison", labels: Mapping[str, str]) -> str:

@@ -16,6 +16,7 @@ from fqdiff.cli.plan_budget import (
     show_pareto,
     title,
 )
+from fqdiff.cli.plan_plugin import make_by_plugin, plan_inputs
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
 from fqdiff.configs import FITTED, INTEGERS, RANGES, RIVALS, ROUNDINGS, SCALES, PlanConfig
@@ -39,6 +40,7 @@ OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that s
 }
 BUDGET = "A byte budget"
 RULES = "Rules of the layer-adaptive paper"
+PLUGINS = "Plug-ins"
 
 app = typer.Typer(cls=DefaultCommand, help="Choose a format for every parameter.")
 
@@ -229,6 +231,16 @@ def make(
             rich_help_panel=RULES,
         ),
     ] = None,
+    strategy_name: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", help="A strategy that an installed plug-in offers.", metavar="NAME", rich_help_panel=PLUGINS
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="What the plug-in reads, NAME=VALUE; may be given again.", rich_help_panel=PLUGINS),
+    ] = None,
     granularity: Annotated[
         str | None,
         typer.Option(
@@ -297,6 +309,11 @@ def make(
         "rounding": rounding,
     }
     given = {name for name, value in flags.items() if value is not None}
+    if strategy_name is not None:
+        make_by_plugin(session, source, strategy_name, tuple(setting or ()), {name: flags[name] for name in given})
+        return
+    if setting:
+        raise ConfigError("--setting without a plug-in", "add --strategy NAME")
     from_file = session.tables().get("plan", {})
     strategy = choose_strategy(given, set(from_file))
     if (strategy or from_file.get("strategy")) == "budget":
@@ -381,22 +398,6 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split("/"))
     except ValueError:
         raise ConfigError(f"thresholds '{text}' are not numbers", "one per group, e.g. 0.1/0.01/0.1") from None
-
-
-def plan_inputs(session: Session, ref: str | None, needs_table: bool) -> "dict[str, Manifest]":
-    """Checkpoint and Fisher table of a plan: of the table named, of the checkpoint named, or the latest."""
-    if not needs_table and ref is None:
-        return {"checkpoint": session.resolve(ref, ("checkpoint",))}
-    found = session.resolve(ref, ("checkpoint", "fisher") if ref else ("fisher",))
-    if found.kind == "checkpoint":
-        if not needs_table:
-            return {"checkpoint": found}
-        tables = [m for m in session.store.manifests("fisher") if (i := m.input("checkpoint")) and i.id == found.id]
-        if not tables:
-            raise ArtifactNotFound(f"no Fisher table of checkpoint {found.id}", f"fqdiff fisher {found.id}")
-        found = tables[-1]
-        session.note(f"fisher: the latest of that checkpoint, {found.id}")
-    return {"checkpoint": only_input(session, found, "checkpoint"), "fisher": found}
 
 
 def gain_inputs(session: Session, inputs: "dict[str, Manifest]") -> "dict[str, Manifest]":

@@ -102,14 +102,24 @@ def compare(
     image_format: ImageFormat = "both",
     output: Output = None,
 ) -> None:
-    """Draw a comparison: image errors, and differences of FID with intervals."""
+    """Draw a comparison: image errors and FID with intervals; errors by timestep and by sampler step."""
     from fqdiff.report.data import role_labels
     from fqdiff.viz.comparison import intervals
+    from fqdiff.viz.error_curves import both_curves
+    from fqdiff.viz.figures import render
 
     formats = image_formats(image_format)
     manifest = session.resolve(ref, ("comparison",))
-    figure = intervals(session.runner.load(manifest), role_labels(session.store, manifest), f"comparison {manifest.id}")
-    save_figure(session, manifest, "intervals", figure, formats, output)
+    value, labels, title = (
+        session.runner.load(manifest),
+        role_labels(session.store, manifest),
+        f"comparison {manifest.id}",
+    )
+    figures = {"intervals": intervals(value, labels, title)}
+    if value.noise_error or value.divergence:
+        figures["curves"] = both_curves(value, labels, title)
+    files = {f"{name}.{one}": render(figure, one) for name, figure in figures.items() for one in formats}
+    save_pictures(session, "comparison", manifest.id, list(figures), files, output)
 
 
 @app.command("pareto", epilog="Example: fqdiff plot pareto --format svg")

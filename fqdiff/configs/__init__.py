@@ -29,6 +29,7 @@ from fqdiff.configs.plan import (
     TARGETS,
     TIMESTEP_WEIGHTS,
     PlanConfig,
+    PluginPlanConfig,
     quantize_reads_fisher,
 )
 from fqdiff.configs.quantize import (
@@ -82,6 +83,7 @@ __all__ = [
     "ImportConfig",
     "NoiseCorrectionConfig",
     "PlanConfig",
+    "PluginPlanConfig",
     "Preset",
     "QuantizeConfig",
     "ReconstructConfig",

@@ -73,13 +73,21 @@ class CompareConfig:
     """How many images of each set are compared (0: as many as all have), and at which level.
 
     ``full_precision_of``: numbers, from 1, of the models that the baseline is the full precision of: a value
-    beyond the baseline's is no merit of theirs.
+    beyond the baseline's is no merit of theirs. Networks are compared on ``error_inputs`` noised held-out images at each of
+    about ``error_timesteps`` timesteps, and along ``trajectories`` runs of the sampler; 0 leaves either out. ``sampler``,
+    ``steps`` and ``eta`` of those runs are the samples' own, filled in from their recipe.
     """
 
     count: int = 0
     resamples: int = 1000
     level: float = 0.95
     full_precision_of: tuple[int, ...] = ()
+    error_timesteps: int = 20
+    error_inputs: int = 32
+    trajectories: int = 16
+    sampler: str = ""
+    steps: int = 0
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.count == 0 or self.count >= 10, f"count is {self.count}", "use 10 or more, or 0 for all")
@@ -88,3 +96,12 @@ class CompareConfig:
         require(
             all(k >= 1 for k in self.full_precision_of), "models are numbered from 1", "leave full_precision_of out"
         )
+        require(self.error_timesteps >= 1, f"error_timesteps is {self.error_timesteps}", "use 1 or more, e.g. 20")
+        for name in ("error_inputs", "trajectories"):
+            value = getattr(self, name)
+            require(value == 0 or value >= 2, f"{name} is {value}", "an interval needs 2 or more; 0 leaves it out")
+
+    @property
+    def compares_networks(self) -> bool:
+        """Whether the models themselves are compared, and not only their images."""
+        return self.error_inputs > 0 or self.trajectories > 0

@@ -340,3 +340,38 @@ def quantize_reads_fisher(granularity: str, table: str) -> bool:
     Ranges are fitted to single weights, and output channels chosen by any table.
     """
     return table == "weight" or OUTPUT in granularity.split(",")
+
+
+@dataclass(frozen=True)
+class PluginPlanConfig:
+    """A plan that a plug-in makes: the strategy ``strategy`` of the distribution ``distribution`` in version ``version``.
+
+    ``settings``: NAME=VALUE each, handed on as they are. ``at``: where Fisher values are read, a timestep or mean.
+    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE; ``scale``: what scales are stored in.
+    """
+
+    strategy: str
+    distribution: str
+    version: str
+    settings: tuple[str, ...] = ()
+    at: str = "mean"
+    granularity: str = "channel"
+    scale: str = "float32"
+
+    def __post_init__(self) -> None:
+        require(bool(self.strategy and self.distribution and self.version), "a plug-in without name or version")
+        names = [setting.partition("=")[0] for setting in self.settings]
+        for name, setting in zip(names, self.settings, strict=True):
+            require(bool(name) and "=" in setting, f"setting '{setting}'", "give NAME=VALUE, e.g. share=0.25")
+        require(len(set(names)) == len(names), f"settings {', '.join(names)} name one twice", "give each once")
+        require(
+            self.at == "mean" or (self.at.isascii() and self.at.isdigit()),
+            f"cannot read the Fisher table at '{self.at}'",
+            "a timestep such as 1, or 'mean'",
+        )
+        require(
+            self.granularity in ("tensor", "channel") or GROUPS.fullmatch(self.granularity) is not None,
+            f"unknown granularity '{self.granularity}' of a plug-in's plan",
+            "tensor, channel, group:SIZE such as group:32, or group-near:SIZE",
+        )
+        require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")

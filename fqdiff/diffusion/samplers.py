@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fqdiff.configs import SampleConfig
 from fqdiff.diffusion.schedule import NoiseSchedule
 from fqdiff.errors import ConfigError
 
@@ -149,3 +150,19 @@ def dpm_solver_plus_plus(
 def half_log_snr(alpha_cumprod: float) -> float:
     """lambda = log(alpha / sigma) at one timestep."""
     return 0.5 * (math.log(alpha_cumprod) - math.log1p(-alpha_cumprod))
+
+
+def run_sampler(
+    predict: PredictNoise,
+    x: Tensor,
+    schedule: NoiseSchedule,
+    config: SampleConfig,
+    draw_noise: DrawNoise,
+    error: ErrorStd = no_error,
+) -> Iterator[tuple[int, Tensor]]:
+    """``(t, x)`` after every step of the sampler that ``config`` names."""
+    if config.sampler == "ddpm":
+        return ddpm(predict, x, schedule, config.steps, draw_noise, error_std=error)
+    if config.sampler == "dpm++":
+        return dpm_solver_plus_plus(predict, x, schedule, config.steps)
+    return ddim(predict, x, schedule, config.steps, draw_noise, config.eta, error_std=error)

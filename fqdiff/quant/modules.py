@@ -88,6 +88,14 @@ def hold_packed(network: nn.Module, packed: Mapping[str, PackedTensor], cache: b
     A layer that reads a parameter twice dequantizes it twice, unless ``cache``. Raises QuantizationError where a name or a
     shape is not the network's, or a parameter is left.
     """
+    replace_parameters(network, packed, cache)
+    left = [name for name, _ in network.named_parameters()]
+    if left:
+        raise QuantizationError(f"nothing is packed for {', '.join(left[:3])}")
+
+
+def replace_parameters(network: nn.Module, packed: Mapping[str, PackedTensor], cache: bool = False) -> None:
+    """As :func:`hold_packed`, of a network that may keep other parameters as they are."""
     parameters = dict(network.named_parameters())
     for name, tensor in packed.items():
         if name not in parameters or tuple(parameters[name].shape) != tensor.shape:
@@ -98,6 +106,3 @@ def hold_packed(network: nn.Module, packed: Mapping[str, PackedTensor], cache: b
             layer.__class__ = _packed_class(type(layer))  # type: ignore[arg-type]  # types are hashable
         delattr(layer, own_name)
         layer.add_module(own_name, PackedParameter(tensor, cache))
-    left = [name for name, _ in network.named_parameters()]
-    if left:
-        raise QuantizationError(f"nothing is packed for {', '.join(left[:3])}")

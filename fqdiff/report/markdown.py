@@ -20,7 +20,7 @@ def markdown(report: Report) -> str:
         escape(
             f"N = {value.n:,} images of each, seed {value.seed}; {value.level:.0%} intervals from {value.resamples:,} resamples; "
             f"features {value.features}, sha256 {value.features_sha256[:16]}; real images: {value.reference}; "
-            f"comparison {report.id}."
+            f"{f'sampler runs: {value.sampler}; ' if value.sampler else ''}comparison {report.id}."
         ),
         f"{max(fence, '```', key=len)}sh\n{commands_text(report)}\n{max(fence, '```', key=len)}",
     ]

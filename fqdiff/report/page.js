@@ -131,6 +131,49 @@ for (const map of document.querySelectorAll(".heat")) {
   });
 }
 
+// Curves: what all of them say at the point nearest to the pointer, or at a line that the arrow keys move.
+for (const part of document.querySelectorAll(".curves")) {
+  const data = JSON.parse(part.querySelector("script").textContent);
+  const readout = part.querySelector(".readout");
+  const area = document.createElement("div");
+  const cursor = document.createElement("div");
+  const [left, top, width, height] = data.axes.map((share) => 100 * share + "%");
+  const last = data.places.length - 1;
+  let chosen = 0;
+  area.className = "places";
+  area.tabIndex = 0;
+  area.setAttribute("role", "application");
+  area.setAttribute("aria-label", data.label);
+  Object.assign(area.style, { left, top, width, height });
+  cursor.className = "line";
+  cursor.hidden = true;
+  area.append(cursor);
+  part.querySelector(".frame").append(area);
+  const choose = (number) => {
+    chosen = Math.min(last, Math.max(0, number));
+    cursor.hidden = false;
+    cursor.style.left = 100 * data.places[chosen] + "%";
+    readout.textContent = data.texts[chosen].replaceAll("\n", "; ");
+    return data.texts[chosen];
+  };
+  area.addEventListener("pointermove", (event) => {
+    const box = area.getBoundingClientRect();
+    const share = (event.clientX - box.left) / box.width;
+    const distance = data.places.map((place) => Math.abs(place - share));
+    showTip(choose(distance.indexOf(Math.min(...distance))), event.clientX, event.clientY);
+  });
+  area.addEventListener("pointerleave", () => (hideTip(), (cursor.hidden = true)));
+  area.addEventListener("focus", () => area.matches(":focus-visible") && choose(chosen));
+  area.addEventListener("blur", () => (cursor.hidden = true));
+  const steps = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10, Home: -Infinity, End: Infinity };
+  area.addEventListener("keydown", (event) => {
+    const step = steps[event.key];
+    if (!step) return;
+    event.preventDefault();
+    choose(chosen + step);
+  });
+}
+
 const theme = document.getElementById("theme");
 const dark = () => {
   const chosen = document.documentElement.dataset.theme;

@@ -9,6 +9,7 @@ from string import Template
 import fqdiff
 from fqdiff.errors import FqdiffError
 from fqdiff.evidence.comparison import BASELINE
+from fqdiff.report.curves import curve_section
 from fqdiff.report.data import Report
 from fqdiff.report.html import chart, sortable_table, text
 from fqdiff.report.origins import lineage_section, reproduce_section
@@ -104,6 +105,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Report], str]]] = {
     "pareto": ("Size against quality", pareto_section),
     "samples": ("Samples", lambda _: ""),
     "metrics": ("All metrics", _metrics),
+    "curves": ("Errors over time", curve_section),
     "plans": ("Plans", plan_section),
     "fisher": ("Fisher information", fisher_section),
     "lineage": ("Lineage", lineage_section),

@@ -1,6 +1,6 @@
 """The report's tables as data: what each cell says, and what it is sorted by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fqdiff.evidence.comparison import BASELINE, FLOOR
@@ -13,7 +13,7 @@ from fqdiff.report.words import (
     noise_share,
     times_smaller,
 )
-from fqdiff.values import Comparison
+from fqdiff.values import Comparison, Curve
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """All of the report's tables."""
-    return [model_table(report), metric_table(report), pair_table(report)]
+    return [model_table(report), metric_table(report), pair_table(report), *decile_tables(report)]
 
 
 def model_table(report: Report) -> Table:
@@ -97,6 +97,45 @@ def pair_table(report: Report) -> Table:
     title = f"difference [{report.comparison.level:.0%}]"
     header = ("model", "against", "metric", title, "adjusted p", "verdict", "N that would tell")
     return Table("Every pair", header, rows)
+
+
+def decile_tables(report: Report) -> list[Table]:
+    """Noise errors by tenths of the timesteps, and divergence by tenths of the sampler's steps, as far as measured."""
+    value = report.comparison
+    found = []
+    if value.noise_error:
+        title = "Noise error by timestep: half the squared error, summed over pixels"
+        found.append(_decile_table(title, "t", value.noise_error, report))
+    if value.divergence:
+        title = "Divergence of sampler runs by step: mean squared distance of x"
+        found.append(_decile_table(title, "step", value.divergence, report))
+    return found
+
+
+def _decile_table(title: str, axis: str, curves: Sequence[Curve], report: Report) -> Table:
+    """A row for each model: the mean of its curve's points in each tenth of the axis, and of all of them."""
+    tenths = deciles([point.at for point in curves[0].points if point.weight])
+    header = ("model", *(f"{axis} {low}" if low == high else f"{axis} {low} to {high}" for low, high in tenths), "mean")
+    rows = []
+    for curve in curves:
+        means = [decile_mean(curve, low, high) for low, high in tenths]
+        mean = Cell(f"{curve.mean:.2e} ± {curve.high - curve.mean:.1e}", curve.mean)
+        rows.append((_word(report.labels[curve.of]), *(_number(m, ".2e") for m in means), mean))
+    return Table(title, header, tuple(rows))
+
+
+def deciles(at: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of ``at``, which rise, in each tenth of the way from 0 to the last; tenths without any are left out."""
+    tenths: dict[int, list[int]] = {}
+    for place in at:
+        tenths.setdefault(min(9, 10 * place // (at[-1] + 1)), []).append(place)
+    return [(places[0], places[-1]) for places in tenths.values()]
+
+
+def decile_mean(curve: Curve, low: int, high: int) -> float:
+    """Mean of the curve's points from ``low`` to ``high``, each with its weight."""
+    inside = [point for point in curve.points if low <= point.at <= high]
+    return sum(p.weight * p.value for p in inside) / sum(p.weight for p in inside)
 
 
 def _word(text: str) -> Cell:

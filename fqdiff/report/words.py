@@ -22,6 +22,8 @@ DISTRIBUTION_COLUMNS = {
     "coverage": ("coverage", ".3f"),
     "inception_score": ("Inception score", ".3f"),
 }
+NOISE_ERROR = "1/2 |eps - baseline's eps|²"
+DIVERGENCE = "mean squared distance of x"
 DECIDING = ("fid", "kid")  # with a verdict each; those on the others are in the artifact
 SAME = "not distinguishable"
 

@@ -25,8 +25,9 @@ from fqdiff.evidence.frechet import frechet_distance_of_features
 from fqdiff.evidence.frechet_bootstrap import frechet_draws, resamples_at_once
 from fqdiff.evidence.resampling import draw_counts
 from fqdiff.rng import generator
+from fqdiff.sensitivity.curves import comparable, divergence, noise_error
 from fqdiff.sensitivity.ledger import Ledger
-from fqdiff.values import ClassifierWeights, Comparison, Dataset, SampleSet
+from fqdiff.values import ClassifierWeights, Comparison, Curve, Dataset, Model, SampleSet
 
 
 def compare(
@@ -35,6 +36,7 @@ def compare(
     baseline: SampleSet,
     floor: SampleSet | None,
     models: Sequence[SampleSet],
+    networks: Sequence[Model],
     config: CompareConfig,
     seed: int,
     context: Context,
@@ -43,8 +45,10 @@ def compare(
 
     Image k of ``baseline`` and of all ``models`` was made from the same noise: each resample draws the same k of all of them,
     and held-out images of ``dataset`` on their own. ``floor``, the baseline's model with another seed, is drawn apart: it shows
-    how far two runs of one model differ. Every metric is of the same N images. Raises LineageError for sets of different
-    seeds, DataError for images of different shapes, ConfigError for a count that one set does not have.
+    how far two runs of one model differ. Every metric is of the same N images. ``networks``: the models that made ``baseline``
+    and ``models``, in this order, or none; those whose noise schedule and kind of output are the baseline's are held against it
+    timestep by timestep and step by step. Raises LineageError for sets of different seeds,
+    DataError for images of different shapes, ConfigError for a count that one set does not have.
     """
     network = features.feature_network() if isinstance(features, ClassifierWeights) else features
     samples = {BASELINE: baseline, **dict(zip(model_roles(len(models)), models, strict=True))}
@@ -81,7 +85,10 @@ def compare(
         kernel = kernel_metrics(real, [*sets.values()], bar.update)
         each_set(lambda one: manifold_metrics(real, one) | score_metric(one))
     results["kid"] = dict(zip(sets, kernel, strict=True))
-    results["fid"] = _frechet_metric(real, sets, context)
+    with context.soft_stop() as stop_requested:
+        ledger = Ledger(context, stop_requested)
+        results["fid"] = _frechet_metric(real, sets, ledger)
+        errors, runs = _network_curves(dataset, networks, config, baseline.seed, seed, context, ledger)
     return Comparison(
         n=n,
         level=config.level,
@@ -95,6 +102,9 @@ def compare(
         models=len(models),
         measures=measures(results, config.level),
         differences=differences(results, len(models), config.full_precision_of, n, config.level),
+        noise_error=errors,
+        divergence=runs,
+        sampler=_sampler_words(config) if runs else "",
     )
 
 
@@ -136,15 +146,40 @@ def _common_count(samples: Mapping[str, SampleSet], dataset: Dataset, config: Co
     return config.count or fewest
 
 
-def _frechet_metric(real: ImageSet, sets: Mapping[str, ImageSet], context: Context) -> dict[str, Resampled]:
+def _frechet_metric(real: ImageSet, sets: Mapping[str, ImageSet], ledger: Ledger) -> dict[str, Resampled]:
     """FID of each of ``sets`` and its draws, which are kept as parts: with large features they take hours."""
     resamples, at_once = len(real.counts), resamples_at_once(real.features)
-    with context.soft_stop() as stop_requested:
-        ledger = Ledger(context, stop_requested)
-        draws = ledger.rows("fid", resamples, len(sets))
-        for k in ledger.units("bootstrap", -(-resamples // at_once), "piece"):
-            part = slice(k * at_once, (k + 1) * at_once)
-            drawn = [(one.features, one.counts[part]) for one in sets.values()]
-            draws[part] = frechet_draws(real.features, real.counts[part], drawn)
+    draws = ledger.rows("fid", resamples, len(sets))
+    for k in ledger.units("bootstrap", -(-resamples // at_once), "piece"):
+        part = slice(k * at_once, (k + 1) * at_once)
+        drawn = [(one.features, one.counts[part]) for one in sets.values()]
+        draws[part] = frechet_draws(real.features, real.counts[part], drawn)
     values = [frechet_distance_of_features(real.features, one.features) for one in sets.values()]
     return {role: Resampled(v, d) for role, v, d in zip(sets, values, draws.clone().unbind(dim=1), strict=True)}
+
+
+def _network_curves(
+    dataset: Dataset,
+    networks: Sequence[Model],
+    config: CompareConfig,
+    run_seed: int,
+    seed: int,
+    context: Context,
+    ledger: Ledger,
+) -> tuple[tuple[Curve, ...], tuple[Curve, ...]]:
+    """Noise errors and divergence of all that can be held against the first of ``networks``."""
+    if not networks:
+        return (), ()
+    first, *others = networks
+    models = dict(zip(model_roles(len(others)), others, strict=True))
+    models = {role: model for role, model in models.items() if comparable(model, first)}
+    return (
+        noise_error(first, models, dataset.reference, config, seed, context, ledger) if config.error_inputs else (),
+        divergence(first, models, config, run_seed, seed, context, ledger) if config.trajectories else (),
+    )
+
+
+def _sampler_words(config: CompareConfig) -> str:
+    """``ddim, 50 steps``; with its randomness where it has any."""
+    eta = f", eta {config.eta:g}" if config.eta else ""
+    return f"{config.sampler}, {config.steps} steps{eta}"

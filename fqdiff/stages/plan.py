@@ -11,13 +11,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fqdiff.configs import PlanConfig
+from fqdiff.configs import PlanConfig, PluginPlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks
 from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import find_measured, make_offer, make_plan
+from fqdiff.planning.plugins import chosen_formats, find_plugin
 from fqdiff.planning.scores import fisher_importance, with_gain
 from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import (
@@ -146,6 +147,59 @@ def plan(
         )
     weighting = part_weighting(config) if config.by_element or config.by_output else Plan.timestep_weights
     return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries), timestep_weights=weighting)
+
+
+def plan_by_plugin(
+    checkpoint: Checkpoint, fisher: FisherTable | None, config: PluginPlanConfig, seed: int, context: Context
+) -> Plan:
+    """The formats that a plug-in chooses for all weight tensors, those of stem and head among them.
+
+    Raises ConfigError where the plug-in fails, says something else than formats, or is installed in another version than
+    ``config`` names; LineageError for a table of other parameters.
+    """
+    plugin = find_plugin(config.strategy)
+    if (plugin.distribution, plugin.version) != (config.distribution, config.version):
+        raise ConfigError(
+            f"strategy {plugin.words} is installed; this plan is of {config.distribution} {config.version}",
+            f"install {config.distribution} {config.version}, or make a new plan",
+        )
+    network = build(checkpoint.spec.architecture, "meta")
+    blocks, axes = parameter_blocks(network), output_axes(network)
+    scores = read_scores(fisher, config.at) if fisher is not None else {}
+    if scores and scores.keys() != checkpoint.tensors.keys():
+        raise LineageError("the Fisher table is of another model", "run fqdiff fisher on this checkpoint")
+    weights = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.ndim >= 2}
+    settings = dict(setting.split("=", 1) for setting in config.settings)
+    named = chosen_formats(plugin, weights, {name: scores[name] for name in weights if scores}, settings)
+    float32, formats = get_format("float32"), {}
+    for name, fmt in named.items():
+        try:
+            formats[name] = get_format(fmt)
+        except ConfigError as error:
+            raise ConfigError(f"strategy {plugin.words} chose for '{name}': {error.message}", error.hint) from None
+        if formats[name].phase_bits:
+            raise ConfigError(f"strategy {plugin.words} chose '{fmt}' for '{name}'", "phases belong to a budget")
+    scaled = {n: (tuple(weights[n].shape), axes[n]) for n, fmt in formats.items() if not fmt.is_cast}
+    grains = granularities(config.granularity, config.scale, scaled)
+    entries = []
+    for name, tensor in checkpoint.tensors.items():
+        chosen, granularity = formats.get(name, float32), grains.get(name, PerTensor())
+        entries.append(
+            PlanEntry(
+                parameter=name,
+                block=blocks[name],
+                shape=tuple(tensor.shape),
+                format=chosen.name,
+                granularity=str(granularity),
+                range=MIN_MAX,
+                rounding=NEAREST,
+                score=scores.get(name),
+                threshold=None,
+                rule=f"strategy {plugin.words}" if name in formats else "biases and norms stay float32",
+                bytes=stored_bytes(tuple(tensor.shape), chosen, granularity),
+            )
+        )
+    return Plan(plugin.words, tuple(entries), predicted_file_bytes(checkpoint, entries))
 
 
 def planned_formats(config: PlanConfig) -> tuple[Format, ...]:

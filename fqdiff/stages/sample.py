@@ -7,7 +7,7 @@ Shapes: N images of a set, B of one batch, C channels, H W pixels.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from fqdiff.configs import SampleConfig
 from fqdiff.context import Bar, Context, Part, Parts, peak_memory
-from fqdiff.diffusion.samplers import DrawNoise, ErrorStd, PredictNoise, ddim, ddpm, dpm_solver_plus_plus, no_error
-from fqdiff.diffusion.schedule import NoiseSchedule
+from fqdiff.diffusion.samplers import ErrorStd, PredictNoise, no_error, run_sampler
 from fqdiff.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError, NumericalError
 from fqdiff.evidence.features import to_uint8
 from fqdiff.memory import peak_bytes
@@ -112,22 +111,6 @@ def make_images(
     if not finite.all():
         raise NumericalError(f"image {ks[int(finite.int().argmin())]} holds NaN or infinity", "check the model's plan")
     return to_uint8(x).cpu()
-
-
-def run_sampler(
-    predict: PredictNoise,
-    x: Tensor,
-    schedule: NoiseSchedule,
-    config: SampleConfig,
-    draw_noise: DrawNoise,
-    error: ErrorStd = no_error,
-) -> Iterator[tuple[int, Tensor]]:
-    """``(t, x)`` after every step of the sampler that ``config`` names."""
-    if config.sampler == "ddpm":
-        return ddpm(predict, x, schedule, config.steps, draw_noise, error_std=error)
-    if config.sampler == "dpm++":
-        return dpm_solver_plus_plus(predict, x, schedule, config.steps)
-    return ddim(predict, x, schedule, config.steps, draw_noise, config.eta, error_std=error)
 
 
 def gather(spec: ModelSpec, cut: Sequence[Unit], parts: Parts) -> Tensor:

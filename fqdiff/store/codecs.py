@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
-from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured
+from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured, model_roles
 from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, skip_boundaries
@@ -34,6 +34,7 @@ from fqdiff.values import (
     Checkpoint,
     ClassifierWeights,
     Comparison,
+    Curve,
     Dataset,
     FidResult,
     ModelSpec,
@@ -50,7 +51,7 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 PLAN_SCHEMA = 3
-COMPARISON_SCHEMA = 1
+COMPARISON_SCHEMA = 2
 LABEL_LIMIT = 65_536
 
 
@@ -457,6 +458,26 @@ def _check_comparison(value: Comparison) -> None:
         raise ValueError("it lacks a difference, or has one too many")
     if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
         raise ValueError("it has a verdict or a p-value that cannot be")
+    roles = model_roles(value.models)
+    for curves in (value.noise_error, value.divergence):
+        named = [curve.of for curve in curves]
+        if named != [role for role in roles if role in named]:
+            raise ValueError(f"it has curves of {', '.join(named)[:100]}")
+        if len({tuple((p.at, p.weight) for p in curve.points) for curve in curves}) > 1:
+            raise ValueError("its curves have points of their own")
+        for curve in curves:
+            _check_curve(curve)
+    if bool(value.divergence) != bool(value.sampler):
+        raise ValueError(f"it has {len(value.divergence)} sampler runs, of the sampler '{value.sampler[:50]}'")
+
+
+def _check_curve(curve: Curve) -> None:
+    at = [point.at for point in curve.points]
+    if not at or at != sorted(set(at)) or min(min(p.value, p.standard_error, p.weight) for p in curve.points) < 0:
+        raise ValueError(f"the curve of {curve.of} has no points, not in order, or below 0")
+    mean, whole = sum(p.weight * p.value for p in curve.points), sum(p.weight for p in curve.points)
+    if abs(mean - curve.mean) > 1e-6 * mean or abs(whole - 1) > 1e-6 or curve.samples < 2:
+        raise ValueError(f"the mean of the curve of {curve.of} is not that of its points")
 
 
 CODECS: Mapping[str, Codec] = {

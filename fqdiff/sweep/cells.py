@@ -94,7 +94,7 @@ def make_cell(
         for source, k in ((checkpoint, seed), (checkpoint, seed + 1), (model, seed))
     )
     config = replace(subject.compare, full_precision_of=(1,))
-    comparison = comparison_step(dataset, subject.features, full, [samples], floor, config)
+    comparison = comparison_step(dataset, subject.features, full, [samples], floor, [checkpoint, model], config)
     artifacts: dict[str, Source | External] = {
         "dataset": dataset,
         "checkpoint": checkpoint,

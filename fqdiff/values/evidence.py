@@ -83,10 +83,43 @@ class FidResult:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A ``value`` with its standard error ``at`` a timestep or a sampler step; ``weight``: its part in a mean over all."""
+
+    at: int
+    weight: float
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How far the model ``of`` one role is from the baseline's, point by point, and the weighted ``mean`` with its interval.
+
+    ``samples``: noised images at each timestep, or runs of the sampler, the same for all models.
+    """
+
+    of: str
+    samples: int
+    points: tuple[Point, ...]
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+
+    @property
+    def worst(self) -> Point:
+        """The point of the largest value; of equal ones the first."""
+        return max(self.points, key=lambda point: point.value)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What tells models apart: every metric of the roles ``baseline``, ``model1`` ... and ``floor``, and of their pairs.
 
     ``n`` images of each and of the real ones. ``floor``: the baseline's own model with ``floor_seed``, where given.
+    ``noise_error`` over timesteps and ``divergence`` over steps of ``sampler`` (in words): of models, in order, that share the
+    baseline's noise schedule and kind of output; none where not measured.
     """
 
     n: int
@@ -101,6 +134,9 @@ class Comparison:
     models: int
     measures: tuple[Measure, ...]
     differences: tuple[Difference, ...]
+    noise_error: tuple[Curve, ...]
+    divergence: tuple[Curve, ...]
+    sampler: str
 
     def measure(self, metric: str, of: str) -> Measure:
         """The value of ``metric`` ``of`` one role. Raises KeyError."""
