@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fqdiff.cli.plan_budget import budget_defaults
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, FqdiffError, LineageError, QuantizationError
@@ -342,6 +343,23 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> No
 def test_a_budget_needs_single_weights(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
     with pytest.raises(FqdiffError, match="single weights"):
         plan(checkpoint, fisher_table, None, PlanConfig(target_bpw=6.0, **FREE), 0, Context())
+
+
+def test_budgets_offer_channels_by_default_where_single_weights_are_known() -> None:
+    weight, channel = ({"kind": "true", "granularity": name} for name in ("weight", "channel"))
+    assert "output" in str(budget_defaults(weight, {})["granularity"]).split(",")
+    for table, given in (
+        (channel, {}),
+        ({}, {"score": "weight-mse"}),
+        (weight, {"phases": 4}),
+        (weight, {"predictor": "gram"}),
+        (weight, {"rounding": "squant"}),
+        (weight, {"score": "uniform"}),
+        (weight, {"score": "autoround"}),
+    ):
+        defaults = budget_defaults(table, given)
+        assert "output" not in str(defaults["granularity"])
+        PlanConfig("budget", target_bpw=4.0, **{**defaults, **given})  # type: ignore[arg-type]
 
 
 # --- distillation ------------------------------------------------------------------------------------------------------------
