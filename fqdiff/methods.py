@@ -10,12 +10,14 @@ from fqdiff.errors import ConfigError
 class Bundle:
     """What ``fqdiff quantize --method`` stands for: settings of the stages, under those given as flags or in a file.
 
-    ``activations``: fields of an ActivationConfig, where activations are quantized at all. The plan comes from before: its
-    ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to be among those listed, empty for any;
-    ``scheme``: that of the calibration set, empty for any.
+    ``activations``: fields of an ActivationConfig; they and ``learn_steps`` count where activations are quantized at all. The
+    plan comes from before: its ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to be among those
+    listed, empty for any; ``scheme``: that of the calibration set, empty for any.
     """
 
     activations: Mapping[str, object] = field(default_factory=dict)
+    reconstruct: bool = False
+    learn_steps: bool = False
     reparameterize: bool = False
     noise_correction: bool = False
     strategy: str = ""
@@ -31,8 +33,13 @@ class Bundle:
                 found.append("--split-skips" if value else "--joint-skips")
             else:
                 found.append(f"--{name if name == 'softmax' else f'activation-{name}'} {value}")
-        found += ["--reparameterize"] if self.reparameterize else []
-        return (*found, *(["--noise-correction"] if self.noise_correction else []))
+        parts = {
+            "--reconstruct": self.reconstruct,
+            "--learn-steps": self.learn_steps and activations,
+            "--reparameterize": self.reparameterize,
+            "--noise-correction": self.noise_correction,
+        }
+        return (*found, *(flag for flag, wanted in parts.items() if wanted))
 
 
 @dataclass(frozen=True)

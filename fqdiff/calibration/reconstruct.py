@@ -151,10 +151,17 @@ def capture(
     full: nn.Module, network: nn.Module, block: str, inputs: CalibrationInputs, device: torch.device
 ) -> BlockData:
     """What ``network`` gives to ``block``, and what the block of ``full`` puts out, on ``inputs``, fewer where MEMORY asks."""
+    fewer = that_fit(full, network, block, inputs, device)
+    return BlockData(_arguments(network, block, fewer, device), _output(full, block, fewer, device))
+
+
+def that_fit(
+    full: nn.Module, network: nn.Module, block: str, inputs: CalibrationInputs, device: torch.device
+) -> CalibrationInputs:
+    """As many of ``inputs`` as MEMORY can hold arguments and outputs of ``block`` for, evenly spread."""
     first = CalibrationInputs(inputs.x_t[:1], inputs.t[:1])
     one = [*_arguments(network, block, first, device), _output(full, block, first, device)]
-    fewer = spread(inputs, max(1, MEMORY // sum(t.nbytes for t in one)))
-    return BlockData(_arguments(network, block, fewer, device), _output(full, block, fewer, device))
+    return spread(inputs, max(1, MEMORY // sum(t.nbytes for t in one)))
 
 
 def _arguments(network: nn.Module, block: str, inputs: CalibrationInputs, device: torch.device) -> tuple[Tensor, ...]:
@@ -164,7 +171,8 @@ def _arguments(network: nn.Module, block: str, inputs: CalibrationInputs, device
         seen.append(tuple(a.cpu() for a in arguments))
         raise _Reached
 
-    handle = network.get_submodule(block).register_forward_pre_hook(see)
+    # First of all hooks: the tensor that the block is given, not what a quantizer at its door makes of it.
+    handle = network.get_submodule(block).register_forward_pre_hook(see, prepend=True)
     _run(network, inputs, device, handle.remove)
     return tuple(torch.cat(argument) for argument in zip(*seen, strict=True))
 

@@ -16,6 +16,7 @@ from fqdiff.configs import (
     NoiseCorrectionConfig,
     QuantizeConfig,
     ReconstructConfig,
+    StepsConfig,
     quantize_reads_fisher,
 )
 from fqdiff.errors import ConfigError
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 ACTIVATIONS = "Activations"
 RECONSTRUCTION = "Block reconstruction"
 PREDICTION = "What the network predicts"
+LEARNED_STEPS = "Learned activation steps"
 CORRECTION = "noise-correction"  # stage, and table of the settings file
+STEPS = "activation-steps"  # likewise
 
 
 @common()
@@ -149,7 +152,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration set for --reconstruct, ranges of activations, --reparameterize, --noise-correction.",
+            help="Calibration set for what learns from one: --reconstruct, ranges and steps of activations, ...",
             show_default="the latest of the model",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
@@ -214,6 +217,47 @@ def quantize(
             rich_help_panel=ACTIVATIONS,
         ),
     ] = None,
+    learn_steps: Annotated[
+        bool | None,
+        typer.Option(
+            "--learn-steps/--no-learn-steps",
+            help="Learn the scales of activations by gradient, block by block, on a calibration set.",
+            show_default="no-learn-steps",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
+    steps_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each block.",
+            show_default=f"{StepsConfig.iterations}",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
+    steps_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Inputs of each step.", show_default=f"{StepsConfig.batch}", rich_help_panel=LEARNED_STEPS
+        ),
+    ] = None,
+    steps_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="By which share of itself a scale moves at first; it falls to 0.",
+            show_default=f"{StepsConfig.rate}",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
+    steps_inputs: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Inputs of the calibration set that are used, at most.",
+            show_default=f"{StepsConfig.inputs}",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
     reparameterize: Annotated[
         bool,
         typer.Option(
@@ -260,6 +304,12 @@ def quantize(
         "last": activation_last,
         "dynamic": dynamic,
     }
+    of_steps = {
+        "iterations": steps_iterations,
+        "batch": steps_batch,
+        "rate": steps_rate,
+        "inputs": steps_inputs,
+    }
     weights = quantize_step(
         session,
         chosen,
@@ -279,10 +329,13 @@ def quantize(
         if reconstruct or "reconstruct" in session.tables():
             raise ConfigError("reconstruction of weights that were reparameterized", "leave one of the two out")
     else:
-        weights = reconstruct_step(session, chosen, weights, calibration, reconstruct, of_reconstruction)
+        asked = reconstruct if reconstruct is not None else (bundle.reconstruct or None)
+        weights = reconstruct_step(session, chosen, weights, calibration, asked, of_reconstruction)
     shared = corrected or reparameterize or weights.stage == "reconstruct"
     rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
-    step = correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
+    asked = learn_steps if learn_steps is not None else ((bundle.learn_steps and rounded is not weights) or None)
+    learned = learned_steps_step(session, chosen, rounded, calibration, asked, of_steps)
+    step = correction_step(session, chosen, learned, calibration, corrected, intervals=noise_intervals)
     facts: dict[str, object] = {}
     if method is not None:
         check_bundle(session, method, bundle, chosen, step)
@@ -384,7 +437,7 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
     weights = reconstruct_step(session, plan_manifest, quantize_step(session, plan_manifest))
-    rounded = activations_step(session, plan_manifest, weights)
+    rounded = learned_steps_step(session, plan_manifest, activations_step(session, plan_manifest, weights))
     return correction_step(session, plan_manifest, rounded, None, CORRECTION in session.tables())
 
 
@@ -454,6 +507,37 @@ def activations_step(
     elif calibration is not None and not shared:
         raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")
     return Step("activations", inputs, config)
+
+
+def learned_steps_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    model: "Step",
+    calibration: str | None = None,
+    asked: bool | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that learns the activation scales of what ``model`` makes; ``model`` itself where nothing asks for that.
+
+    ``asked`` decides; else a table of the file does by being there. On ``calibration``, else on the latest set of the plan's
+    checkpoint.
+    """
+    from fqdiff.pipeline import Step
+
+    if not (asked if asked is not None else STEPS in session.tables()):
+        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of activation steps that are not learned", "add --learn-steps")
+        return model
+    if model.stage != "activations":
+        raise ConfigError("learned steps of activations that stay float32", "add --activations int8")
+    if model.config.dynamic:
+        raise ConfigError("dynamic activations have no steps to learn", "leave --learn-steps or --dynamic out")
+    config = session.settings(STEPS, StepsConfig, {}, **(flags or {}))
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
+    inputs: dict[str, Step | Manifest] = {"checkpoint": checkpoint, "model": model, "calibration": chosen}
+    return Step(STEPS, inputs, config, session.seed)
 
 
 def reparameterized_step(

@@ -43,6 +43,7 @@ from fqdiff.configs.quantize import (
     CalibrateConfig,
     QuantizeConfig,
     ReconstructConfig,
+    StepsConfig,
 )
 from fqdiff.configs.recipes import Config, config_from_data
 
@@ -88,6 +89,7 @@ __all__ = [
     "QuantizeConfig",
     "ReconstructConfig",
     "SampleConfig",
+    "StepsConfig",
     "TrainConfig",
     "ValidateConfig",
     "config_from_data",

@@ -126,6 +126,26 @@ class ReconstructConfig:
         )
 
 
+@dataclass(frozen=True)
+class StepsConfig:
+    """How the steps of activation quantizers are learned, block by block: ``iterations`` optimizer steps on ``batch`` inputs.
+
+    ``rate``: by which share of itself Adam moves a step at first; it falls to 0. ``inputs``: so many of the calibration set at
+    most, evenly spread.
+    """
+
+    iterations: int = 200
+    batch: int = 32
+    rate: float = 0.01
+    inputs: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch"):
+            require(getattr(self, name) >= 1, f"learned steps' {name} is {getattr(self, name)}", "use 1 or more")
+        require(self.inputs >= 2, f"learned steps' inputs is {self.inputs}", "use 2 or more, e.g. 1024")
+        require(0 < self.rate <= 1, f"learned steps' rate is {self.rate}", "use 0.0001 to 1, e.g. 0.01")
+
+
 ACTIVATION_BITS = (8, 6, 4)
 ACTIVATION_FORMATS = (*(f"int{bits}" for bits in ACTIVATION_BITS), *(f"int{bits}sym" for bits in ACTIVATION_BITS))
 ACTIVATION_RANGES = ("min-max", "percentile", "mse", "l1", "cosine", "kl")
