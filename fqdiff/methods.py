@@ -12,7 +12,8 @@ class Bundle:
 
     ``activations``: fields of an ActivationConfig; they and ``learn_steps`` count where activations are quantized at all. The
     plan comes from before: its ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to be among those
-    listed, empty for any; ``scheme``: that of the calibration set, empty for any.
+    listed, empty for any; ``scheme``: that of the calibration set, empty for any. ``split_weights``: layers that are given a
+    joined skip have to have two scales by channel.
     """
 
     activations: Mapping[str, object] = field(default_factory=dict)
@@ -24,6 +25,7 @@ class Bundle:
     ranges: tuple[str, ...] = ()
     roundings: tuple[str, ...] = ()
     scheme: str = ""
+    split_weights: bool = False
 
     def flags(self, activations: bool) -> tuple[str, ...]:
         """The same as flags of ``fqdiff quantize``; those of activations only where these are quantized."""
@@ -106,13 +108,26 @@ METHODS: Mapping[str, Method] = {
             "Q-Diffusion: quantizing diffusion models",
             "Li et al., ICCV 2023, arXiv:2302.04304",
             2023,
-            ("fqdiff calibrate --scheme uniform", "fqdiff quantize --reconstruct --activations int8 --split-skips"),
-            "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, and split "
-            "scales of activations where skips are joined",
+            (
+                "fqdiff plan --uniform int4 --granularity split",
+                "fqdiff calibrate --scheme uniform",
+                "fqdiff quantize --method q-diffusion [--activations int8]",
+            ),
+            "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, then learned steps "
+            "of activations, and scales of their own, of weights and of activations, for the two parts of a joined skip",
             "every layer that is given a joined skip is split, two of them through a norm, where the paper splits 1x1 "
-            "shortcuts; 1,000 iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code "
-            "takes 20,000 and the last",
-            "learned steps of activations, and split scales of weights",
+            "shortcuts; the penalty on undecided roundings covers both parts, where the code leaves out the second; 1,000 "
+            "iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code takes 20,000 and the "
+            "last; steps start from ranges of least squared error and learn by squared errors, where the code has min-max and "
+            "|x|^2.4; the time embedding and the output are quantized as the plan says",
+            bundle=Bundle(
+                {"range": "mse", "split_skips": True},
+                reconstruct=True,
+                learn_steps=True,
+                roundings=("nearest",),
+                scheme="uniform",
+                split_weights=True,
+            ),
         ),
         Method(
             "ptqd",
@@ -125,8 +140,8 @@ METHODS: Mapping[str, Method] = {
             "the slope has an intercept for each channel and the bias is the residual's mean, so that an error k eps + b is "
             "undone exactly, where the code leaks one into the other; the direction of a DDIM step keeps sigma, where the code "
             "puts sigma' there as well; of a velocity model, the velocity is corrected",
-            "its activations come from learned steps, here from ranges of least squared error, and its weights from "
-            "block reconstruction, which is --reconstruct and no part of the name; precision by timestep from "
+            "block reconstruction of weights and learned steps of activations are flags, --reconstruct and --learn-steps, and no "
+            "part of the name; precision by timestep from "
             "signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
             Bundle({"range": "mse", "split_skips": False}, noise_correction=True),
         ),

@@ -279,7 +279,7 @@ def block_loss(
 ) -> Tensor:
     """What the module's docstring says is minimised, on some inputs; ``stored`` is e(stored), no ``beta`` no penalty."""
     output = functional_call(block, {name: r() for name, r in roundings.items()}, arguments)
-    weights = sum(r.v.numel() for r in roundings.values())
+    weights = sum(r.weights for r in roundings.values())
     loss: Tensor = weights * (output - target).square().mean() / stored
     if beta is None:
         return loss
@@ -290,7 +290,7 @@ def block_loss(
 def undecided(roundings: Mapping[str, LearnedRounding]) -> float:
     """The share of weights whose h is neither 0 nor 1, but for a twentieth."""
     number = sum(int(((h := r.soft()) > 0.05).logical_and(h < 0.95).sum()) for r in roundings.values())
-    return number / sum(r.v.numel() for r in roundings.values())
+    return number / sum(r.weights for r in roundings.values())
 
 
 @torch.no_grad()

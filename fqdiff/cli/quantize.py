@@ -389,7 +389,7 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
 def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "Manifest", step: "Step") -> None:
     """Raise ConfigError unless the plan and the calibration sets behind ``step`` are what ``method`` asks for."""
     from fqdiff.pipeline import Step
-    from fqdiff.quant.formats import get_format
+    from fqdiff.quant.formats import PerSplit, get_format, parse_granularity
     from fqdiff.store.manifest import Manifest
 
     plan: Plan = session.runner.load(plan_manifest)
@@ -405,6 +405,8 @@ def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "
             raise ConfigError(
                 f"{method} has the {what} {', '.join(wanted)}; the plan has {', '.join(sorted(got))}", how
             )
+    if bundle.split_weights and not any(isinstance(parse_granularity(e.granularity), PerSplit) for e in integers):
+        raise ConfigError(f"{method} splits the weights of layers that are given a joined skip; the plan does not", how)
     stage: object = step
     while isinstance(stage, Step):
         source = stage.inputs.get("calibration")

@@ -134,9 +134,9 @@ class StepsConfig:
     most, evenly spread.
     """
 
-    iterations: int = 200
-    batch: int = 32
-    rate: float = 0.01
+    iterations: int = 100
+    batch: int = 16
+    rate: float = 0.02
     inputs: int = 1024
 
     def __post_init__(self) -> None:

@@ -76,6 +76,11 @@ def skip_boundaries(network: nn.Module) -> dict[str, int]:
     return concat_boundaries(network.config)
 
 
+def split_weights(network: nn.Module) -> dict[str, int]:
+    """Weights whose input channels are those of two joined tensors, and at which channel the second begins."""
+    return {f"{layer}.weight": boundary for layer, boundary in skip_boundaries(network).items()}
+
+
 def normed_layers(network: nn.Module) -> list[tuple[str, str, str]]:
     """(norm, function between, layer) for every layer that is given a norm's output, and nobody else is.
 
