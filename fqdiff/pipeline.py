@@ -99,6 +99,9 @@ STAGES: Mapping[str, Stage] = {
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
     ),
+    "temporal-scales": Stage(
+        "quantized", "fqdiff.stages.temporal_scales:learn_temporal_scales", ("checkpoint", "model", "calibration")
+    ),
     "activation-steps": Stage(
         "quantized", "fqdiff.stages.activation_steps:learn_activation_steps", ("checkpoint", "model", "calibration")
     ),

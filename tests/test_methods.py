@@ -41,9 +41,7 @@ def test_the_command_lists_all_of_them_and_what_is_missing(tmp_path: Path) -> No
     found = good(tmp_path, "methods")["methods"]
     assert isinstance(found, list)
     assert [m["name"] for m in found] == NAMES == list(METHODS)
-    assert {m["name"] for m in found if not m["quantize_method"]} == {"tdq"}
-    text = call(tmp_path, "methods", "tdq").stdout
-    assert "not there  the network that maps the time embedding to a scale" in text
+    assert "not there  block reconstruction of weights" in call(tmp_path, "methods", "ptqd").stdout
     refused = call(tmp_path, "methods", "gptq")
     assert refused.exit_code == 2
     assert "unknown method 'gptq'" in refused.stderr
@@ -61,12 +59,11 @@ def test_every_command_and_flag_that_makes_a_method_exists(name: str) -> None:
         assert {word for word in rest if word.startswith("--")} <= options
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if METHODS[n].bundle])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("activations", [(), ("--activations", "int8")], ids=["weights", "both"])
 def test_a_bundle_is_the_flags_that_it_prints(store: Path, name: str, activations: tuple[str, ...]) -> None:
     sets = "ndtc" if name == "ptq4dm" else "uniform"
     plan, bundle = PLANS.get(name, "int4"), METHODS[name].bundle
-    assert bundle is not None
     ActivationConfig(**bundle.activations)  # type: ignore[arg-type]
     uses_inputs = bool(activations) or bundle.reconstruct or bundle.reparameterize or bundle.noise_correction
     common = (*activations, *(("--calibration", sets) if uses_inputs else ()), "--dry-run")
@@ -83,7 +80,6 @@ def test_a_bundle_is_the_flags_that_it_prints(store: Path, name: str, activation
         (("int4", "--method", "gptq"), "unknown method 'gptq'"),
         (("int4", "--method", "q-diffusion", "--calibration", "uniform"), "q-diffusion splits the weights"),
         (("split", "--method", "q-diffusion", "--calibration", "ndtc"), "q-diffusion calibrates by uniform"),
-        (("int4", "--method", "tdq"), "tdq lacks the network"),
         (("int4", "--method", "squant"), "squant has the rounding squant; the plan has nearest"),
         (("by-mse", "--method", "linear"), "linear has the range min-max; the plan has mse"),
         (("int4", "--method", "fisher"), "fisher is a plan by budget; this is one by uniform"),
@@ -129,7 +125,6 @@ def test_a_method_makes_a_model(store: Path) -> None:
 
 def test_the_intervals_of_tfmq_are_filled_by_the_calibration_set_of_the_default() -> None:
     config, bundle = CalibrateConfig(), METHODS["tfmq"].bundle
-    assert bundle is not None
     t = torch.tensor(sampling_timesteps(1000, config.steps))[chosen_steps(config, 0)[0]]
     intervals = int(str(bundle.activations["intervals"]))
     assert len(interval_of(t, intervals, 1000).unique()) == intervals

@@ -17,6 +17,7 @@ from fqdiff.configs import (
     QuantizeConfig,
     ReconstructConfig,
     StepsConfig,
+    TemporalConfig,
     quantize_reads_fisher,
 )
 from fqdiff.errors import ConfigError
@@ -33,8 +34,10 @@ ACTIVATIONS = "Activations"
 RECONSTRUCTION = "Block reconstruction"
 PREDICTION = "What the network predicts"
 LEARNED_STEPS = "Learned activation steps"
+SCALES_BY_TIME = "Activation scales by time"
 CORRECTION = "noise-correction"  # stage, and table of the settings file
-STEPS = "activation-steps"  # likewise
+STEPS, TEMPORAL = "activation-steps", "temporal-scales"  # likewise
+OF_ACTIVATIONS = ("activations", TEMPORAL, STEPS)
 
 
 @common()
@@ -217,6 +220,41 @@ def quantize(
             rich_help_panel=ACTIVATIONS,
         ),
     ] = None,
+    temporal_scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--temporal-scales/--no-temporal-scales",
+            help="Fit scales of several intervals by networks of the time embedding, and tabulate these.",
+            show_default="no-temporal-scales",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    temporal_intervals: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Intervals of timesteps in the table.",
+            show_default=f"{TemporalConfig.intervals}",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    temporal_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each network.",
+            show_default=f"{TemporalConfig.iterations}",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    temporal_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate at first; it falls to 0.",
+            show_default=f"{TemporalConfig.rate}",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
     learn_steps: Annotated[
         bool | None,
         typer.Option(
@@ -304,6 +342,7 @@ def quantize(
         "last": activation_last,
         "dynamic": dynamic,
     }
+    of_time = {"intervals": temporal_intervals, "iterations": temporal_iterations, "rate": temporal_rate}
     of_steps = {
         "iterations": steps_iterations,
         "batch": steps_batch,
@@ -333,16 +372,17 @@ def quantize(
         weights = reconstruct_step(session, chosen, weights, calibration, asked, of_reconstruction)
     shared = corrected or reparameterize or weights.stage == "reconstruct"
     rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
-    asked = learn_steps if learn_steps is not None else ((bundle.learn_steps and rounded is not weights) or None)
-    learned = learned_steps_step(session, chosen, rounded, calibration, asked, of_steps)
+    quantized = rounded is not weights
+    asked = temporal_scales if temporal_scales is not None else ((bundle.temporal_scales and quantized) or None)
+    timed = temporal_step(session, chosen, rounded, calibration, asked, of_time)
+    asked = learn_steps if learn_steps is not None else ((bundle.learn_steps and quantized) or None)
+    learned = learned_steps_step(session, chosen, timed, calibration, asked, of_steps)
     step = correction_step(session, chosen, learned, calibration, corrected, intervals=noise_intervals)
     facts: dict[str, object] = {}
     if method is not None:
         check_bundle(session, method, bundle, chosen, step)
-        facts = {"method": method, "bundle": bundle.flags(rounded is not weights)}
-    manifest = session.make(
-        step, facts, [f"{method} is {' '.join(bundle.flags(rounded is not weights))}"] if method else ()
-    )
+        facts = {"method": method, "bundle": bundle.flags(quantized)}
+    manifest = session.make(step, facts, [f"{method} is {' '.join(bundle.flags(quantized))}"] if method else ())
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
@@ -376,7 +416,8 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
     sizes: dict[str, int] = {}
     made = manifest
     while made.input("model") is not None:
-        sizes[made.recipe.stage] = made.file("model.safetensors").bytes
+        stage = "activations" if made.recipe.stage in OF_ACTIVATIONS else made.recipe.stage
+        sizes.setdefault(stage, made.file("model.safetensors").bytes)
         made = only_input(session, made, "model")
     sizes["quantize"] = made.file("model.safetensors").bytes
     added, before = {}, promised
@@ -439,8 +480,9 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
     weights = reconstruct_step(session, plan_manifest, quantize_step(session, plan_manifest))
-    rounded = learned_steps_step(session, plan_manifest, activations_step(session, plan_manifest, weights))
-    return correction_step(session, plan_manifest, rounded, None, CORRECTION in session.tables())
+    rounded = activations_step(session, plan_manifest, weights)
+    learned = learned_steps_step(session, plan_manifest, temporal_step(session, plan_manifest, rounded))
+    return correction_step(session, plan_manifest, learned, None, CORRECTION in session.tables())
 
 
 def reconstruct_step(
@@ -531,15 +573,46 @@ def learned_steps_step(
         if unused:
             raise ConfigError(f"{', '.join(unused)} of activation steps that are not learned", "add --learn-steps")
         return model
-    if model.stage != "activations":
+    if model.stage not in OF_ACTIVATIONS:
         raise ConfigError("learned steps of activations that stay float32", "add --activations int8")
-    if model.config.dynamic:
+    if model.stage == "activations" and model.config.dynamic:
         raise ConfigError("dynamic activations have no steps to learn", "leave --learn-steps or --dynamic out")
     config = session.settings(STEPS, StepsConfig, {}, **(flags or {}))
     checkpoint = only_input(session, plan_manifest, "checkpoint")
     chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
     inputs: dict[str, Step | Manifest] = {"checkpoint": checkpoint, "model": model, "calibration": chosen}
     return Step(STEPS, inputs, config, session.seed)
+
+
+def temporal_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    model: "Step",
+    calibration: str | None = None,
+    asked: bool | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that fits the activation scales of what ``model`` makes by functions of time; ``model`` where nothing asks for it.
+
+    ``asked`` decides; else a table of the file does by being there. The calibration set is the one that the scales come from.
+    """
+    from fqdiff.pipeline import Step
+
+    if not (asked if asked is not None else TEMPORAL in session.tables()):
+        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of scales that are no function of time", "add --temporal-scales")
+        return model
+    if model.stage != "activations":
+        raise ConfigError("scales by time of activations that stay float32", "add --activations int8")
+    if model.config.dynamic:
+        raise ConfigError("dynamic activations have no scales to learn", "leave --temporal-scales or --dynamic out")
+    if model.config.intervals < 2:
+        raise ConfigError(
+            "scales of one interval do not tell how they change with time", "add --activation-intervals 20"
+        )
+    config = session.settings(TEMPORAL, TemporalConfig, {}, **(flags or {}))
+    return Step(TEMPORAL, {**model.inputs, "model": model}, config, session.seed)
 
 
 def reparameterized_step(

@@ -44,6 +44,7 @@ from fqdiff.configs.quantize import (
     QuantizeConfig,
     ReconstructConfig,
     StepsConfig,
+    TemporalConfig,
 )
 from fqdiff.configs.recipes import Config, config_from_data
 
@@ -90,6 +91,7 @@ __all__ = [
     "ReconstructConfig",
     "SampleConfig",
     "StepsConfig",
+    "TemporalConfig",
     "TrainConfig",
     "ValidateConfig",
     "config_from_data",

@@ -146,6 +146,23 @@ class StepsConfig:
         require(0 < self.rate <= 1, f"learned steps' rate is {self.rate}", "use 0.0001 to 1, e.g. 0.01")
 
 
+@dataclass(frozen=True)
+class TemporalConfig:
+    """How scales of activations become a function of time: networks trained for ``iterations`` steps from ``rate`` on.
+
+    ``intervals``: of timesteps, for which the function is tabulated.
+    """
+
+    intervals: int = 50
+    iterations: int = 300
+    rate: float = 0.003
+
+    def __post_init__(self) -> None:
+        for name in ("intervals", "iterations"):
+            require(getattr(self, name) >= 1, f"temporal scales' {name} is {getattr(self, name)}", "use 1 or more")
+        require(0 < self.rate <= 1, f"temporal scales' rate is {self.rate}", "use 0.0001 to 1, e.g. 0.003")
+
+
 ACTIVATION_BITS = (8, 6, 4)
 ACTIVATION_FORMATS = (*(f"int{bits}" for bits in ACTIVATION_BITS), *(f"int{bits}sym" for bits in ACTIVATION_BITS))
 ACTIVATION_RANGES = ("min-max", "percentile", "mse", "l1", "cosine", "kl")

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from fqdiff.errors import ConfigError
-from fqdiff.models.unet import RECONSTRUCTED, UNet, UNetConfig, block_of, concat_boundaries, normed_convolutions
+from fqdiff.models.unet import (
+    RECONSTRUCTED,
+    SinusoidalTable,
+    UNet,
+    UNetConfig,
+    block_of,
+    concat_boundaries,
+    normed_convolutions,
+)
 
 Architecture = Mapping[str, object]
 
@@ -58,6 +66,12 @@ def first_layer(network: nn.Module) -> str:
     """The layer that is given x_t."""
     assert isinstance(network, UNet)
     return "stem.conv"
+
+
+def time_features(network: nn.Module) -> torch.Tensor:
+    """The sinusoidal embedding of every timestep that the network has, float32 [T, E]."""
+    (table,) = (m.get_buffer("table") for m in network.modules() if isinstance(m, SinusoidalTable))
+    return table
 
 
 def reconstruction_blocks(network: nn.Module) -> list[str]:
