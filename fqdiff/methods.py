@@ -5,6 +5,11 @@ from dataclasses import dataclass, field
 
 from fqdiff.errors import ConfigError
 
+SWITCHES = {  # settings of activations that are no value of a flag, but one of two
+    "split_skips": ("--joint-skips", "--split-skips"),
+    "temporal": ("--tabulate-temporal", "--quantize-temporal"),
+}
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -18,6 +23,7 @@ class Bundle:
 
     activations: Mapping[str, object] = field(default_factory=dict)
     reconstruct: bool = False
+    temporal_first: bool = False
     temporal_scales: bool = False
     learn_steps: bool = False
     reparameterize: bool = False
@@ -32,12 +38,13 @@ class Bundle:
         """The same as flags of ``fqdiff quantize``; those of activations only where these are quantized."""
         found = []
         for name, value in self.activations.items() if activations else ():
-            if name == "split_skips":
-                found.append("--split-skips" if value else "--joint-skips")
+            if name in SWITCHES:
+                found.append(SWITCHES[name][bool(value)])
             else:
                 found.append(f"--{name if name == 'softmax' else f'activation-{name}'} {value}")
         parts = {
             "--reconstruct": self.reconstruct,
+            "--reconstruct-temporal": self.temporal_first,
             "--temporal-scales": self.temporal_scales and activations,
             "--learn-steps": self.learn_steps and activations,
             "--reparameterize": self.reparameterize,
@@ -166,12 +173,19 @@ METHODS: Mapping[str, Method] = {
             "TFMQ-DM: temporal feature maintenance quantization for diffusion models",
             "Huang et al., CVPR 2024, arXiv:2311.16503",
             2024,
-            ("fqdiff calibrate", "fqdiff quantize --method tfmq --activations int8"),
-            "finite-set calibration: ranges of activations for each interval of timesteps, from that interval's inputs alone",
-            "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width",
-            "reconstruction of the temporal block, and cached time embeddings: time projections are quantized as the plan says, "
-            "and their inputs like all others",
-            Bundle({"range": "min-max", "intervals": 20, "split_skips": False}),
+            ("fqdiff calibrate", "fqdiff quantize --method tfmq [--activations int8]"),
+            "the time embedding and all its projections reconstructed first, as one block over all timesteps, then the other "
+            "blocks; ranges of activations for each interval of timesteps, from that interval's inputs alone; the inputs of "
+            "layers that depend on t alone stay in full precision, since their outputs can be computed once for each t",
+            "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width; "
+            "1,000 iterations, where the code takes 20,000; those layers' weights are stored as the plan says, since a table of "
+            "their outputs for all t would be larger than they are",
+            bundle=Bundle(
+                {"range": "min-max", "intervals": 20, "split_skips": False, "temporal": False},
+                reconstruct=True,
+                temporal_first=True,
+                roundings=("nearest",),
+            ),
         ),
         Method(
             "repq",

@@ -96,6 +96,9 @@ STAGES: Mapping[str, Stage] = {
     "reconstruct": Stage(
         "quantized", "fqdiff.stages.reconstruct:reconstruct_blocks", ("checkpoint", "model", "calibration")
     ),
+    "reconstruct-temporal": Stage(
+        "quantized", "fqdiff.stages.reconstruct:reconstruct_temporal_first", ("checkpoint", "model", "calibration")
+    ),
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
     ),

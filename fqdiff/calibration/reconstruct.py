@@ -16,7 +16,7 @@ Shapes: N inputs.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,9 +68,11 @@ def reconstruct(
     config: ReconstructConfig,
     seed: int,
     context: Context,
+    apart: Collection[str] = (),
 ) -> dict[str, PackedTensor]:
     """The packed tensors of ``model`` with the rounding of its integers learned; all else as it is. A stopped run goes on.
 
+    ``apart``: parameters whose rounding stays, since it was learned before.
     Raises LineageError where codes are not ``checkpoint``'s weights rounded, NumericalError where outputs are no numbers.
     """
     device = context.device
@@ -78,7 +80,9 @@ def reconstruct(
     def rounding(name: str) -> LearnedRounding:
         return LearnedRounding(name, checkpoint.tensors[name], model.packed[name])
 
-    learnable = [name for name, p in model.packed.items() if can_learn_rounding(p.format, p.granularity)]
+    learnable = [
+        name for name, p in model.packed.items() if can_learn_rounding(p.format, p.granularity) and name not in apart
+    ]
     for name in learnable:
         rounding(name)  # what is to be refused is refused before the work begins; kept are those of one block at a time
     full = checkpoint.network().to(device)

@@ -37,6 +37,7 @@ LEARNED_STEPS = "Learned activation steps"
 SCALES_BY_TIME = "Activation scales by time"
 CORRECTION = "noise-correction"  # stage, and table of the settings file
 STEPS, TEMPORAL = "activation-steps", "temporal-scales"  # likewise
+RECONSTRUCT = ("reconstruct", "reconstruct-temporal")  # tables of one kind: which one is there says how
 OF_ACTIVATIONS = ("activations", TEMPORAL, STEPS)
 
 
@@ -102,6 +103,15 @@ def quantize(
             "--reconstruct/--no-reconstruct",
             help="Learn which way each weight is rounded, block by block, on a calibration set.",
             show_default="no-reconstruct",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    reconstruct_temporal: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct-temporal/--reconstruct-together",
+            help="First learn the layers that depend on t alone, as one block, over all timesteps.",
+            show_default="together",
             rich_help_panel=RECONSTRUCTION,
         ),
     ] = None,
@@ -200,6 +210,15 @@ def quantize(
             "--split-skips/--joint-skips",
             help="Scales of their own for a skip and what it is joined to.",
             show_default="split",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    quantize_temporal: Annotated[
+        bool | None,
+        typer.Option(
+            "--quantize-temporal/--tabulate-temporal",
+            help="Whether inputs of layers that depend on t alone are quantized; else these are meant for a table over t.",
+            show_default="quantize",
             rich_help_panel=ACTIVATIONS,
         ),
     ] = None,
@@ -338,6 +357,7 @@ def quantize(
         "granularity": activation_granularity,
         "softmax": softmax,
         "split_skips": split_skips,
+        "temporal": quantize_temporal,
         "first": activation_first,
         "last": activation_last,
         "dynamic": dynamic,
@@ -365,12 +385,15 @@ def quantize(
     reparameterize = reparameterize or bundle.reparameterize
     if reparameterize:
         weights = reparameterized_step(session, chosen, weights, calibration)
-        if reconstruct or "reconstruct" in session.tables():
+        if reconstruct or set(RECONSTRUCT) & session.tables().keys():
             raise ConfigError("reconstruction of weights that were reparameterized", "leave one of the two out")
     else:
         asked = reconstruct if reconstruct is not None else (bundle.reconstruct or None)
-        weights = reconstruct_step(session, chosen, weights, calibration, asked, of_reconstruction)
-    shared = corrected or reparameterize or weights.stage == "reconstruct"
+        first = (
+            reconstruct_temporal if reconstruct_temporal is not None else ((bundle.temporal_first and asked) or None)
+        )
+        weights = reconstruct_step(session, chosen, weights, calibration, asked, of_reconstruction, first)
+    shared = corrected or reparameterize or weights.stage in RECONSTRUCT
     rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
     quantized = rounded is not weights
     asked = temporal_scales if temporal_scales is not None else ((bundle.temporal_scales and quantized) or None)
@@ -492,30 +515,36 @@ def reconstruct_step(
     calibration: str | None = None,
     asked: bool | None = None,
     flags: "Mapping[str, object] | None" = None,
+    temporal_first: bool | None = None,
 ) -> "Step":
     """The step that learns the rounding of what ``weights`` makes; ``weights`` itself where nothing asks for that.
 
-    ``asked`` decides; else a table of the file does by being there. On ``calibration``, else on the latest set of the plan's
-    checkpoint.
+    ``asked`` decides, and ``temporal_first``; else a table of the file does by being there. On ``calibration``, else on the
+    latest set of the plan's checkpoint.
     """
     from fqdiff.pipeline import Step
 
-    if not (asked if asked is not None else "reconstruct" in session.tables()):
-        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+    tables = [name for name in RECONSTRUCT if name in session.tables()]
+    if len(tables) > 1:
+        raise ConfigError("tables for reconstruct and reconstruct-temporal", "one of them: it says how")
+    if not (asked if asked is not None else bool(tables)):
+        given = {**(flags or {}), "temporal": temporal_first}
+        unused = sorted(name for name, value in given.items() if value is not None)
         if unused:
             raise ConfigError(f"{', '.join(unused)} of a reconstruction that is not asked for", "add --reconstruct")
         return weights
     for name, what in (("bias_correction", "biases corrected"), ("distill", "weights distilled")):
         if getattr(weights.config, name) != getattr(QuantizeConfig, name):
             raise ConfigError(f"{what} before their rounding is learned", f"leave --{name.replace('_', '-')} out")
-    config = session.settings("reconstruct", ReconstructConfig, {}, **(flags or {}))
+    stage = RECONSTRUCT[temporal_first if temporal_first is not None else "reconstruct-temporal" in tables]
+    config = session.settings(tables[0] if tables else stage, ReconstructConfig, {}, **(flags or {}))
     checkpoint = only_input(session, plan_manifest, "checkpoint")
     inputs: dict[str, Step | Manifest] = {
         "checkpoint": checkpoint,
         "model": weights,
         "calibration": of_checkpoint(session, "calibration", checkpoint.id, calibration),
     }
-    return Step("reconstruct", inputs, config, session.seed)
+    return Step(stage, inputs, config, session.seed)
 
 
 def activations_step(

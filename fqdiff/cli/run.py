@@ -87,6 +87,7 @@ def run(
         "plan",
         "quantize",
         "reconstruct",
+        "reconstruct-temporal",
         "activations",
         "temporal-scales",
         "activation-steps",

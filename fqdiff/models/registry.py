@@ -10,6 +10,7 @@ from fqdiff.errors import ConfigError
 from fqdiff.models.unet import (
     RECONSTRUCTED,
     SinusoidalTable,
+    TemporalBlock,
     UNet,
     UNetConfig,
     block_of,
@@ -72,6 +73,19 @@ def time_features(network: nn.Module) -> torch.Tensor:
     """The sinusoidal embedding of every timestep that the network has, float32 [T, E]."""
     (table,) = (m.get_buffer("table") for m in network.modules() if isinstance(m, SinusoidalTable))
     return table
+
+
+def temporal_block(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """What of ``network`` depends on t alone, a module of t, and the name in ``network`` of each of its parameters."""
+    assert isinstance(network, UNet)
+    block = TemporalBlock(network)
+    names = {id(p): name for name, p in network.named_parameters()}
+    return block, {own: names[id(p)] for own, p in block.named_parameters()}
+
+
+def temporal_layers(network: nn.Module) -> set[str]:
+    """The layers that are given nothing but what depends on t."""
+    return {name.rpartition(".")[0] for name in temporal_block(network)[1].values()}
 
 
 def reconstruction_blocks(network: nn.Module) -> list[str]:
