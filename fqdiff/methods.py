@@ -18,10 +18,11 @@ class Bundle:
     ``activations``: fields of an ActivationConfig; they, ``temporal_scales`` and ``learn_steps`` count where activations are
     quantized at all. The plan comes from before: its ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to
     be among those listed, empty for any; ``scheme``: that of the calibration set, empty for any. ``split_weights``: layers that
-    are given a joined skip have to have two scales by channel.
+    are given a joined skip have to have two scales by channel. ``distill``: steps, 0 for none.
     """
 
     activations: Mapping[str, object] = field(default_factory=dict)
+    distill: int = 0
     reconstruct: bool = False
     temporal_first: bool = False
     temporal_scales: bool = False
@@ -43,6 +44,7 @@ class Bundle:
             else:
                 found.append(f"--{name if name == 'softmax' else f'activation-{name}'} {value}")
         parts = {
+            f"--distill {self.distill}": self.distill > 0,
             "--reconstruct": self.reconstruct,
             "--reconstruct-temporal": self.temporal_first,
             "--temporal-scales": self.temporal_scales and activations,
@@ -204,11 +206,12 @@ METHODS: Mapping[str, Method] = {
             "this project's own, docs/concepts.md",
             2026,
             ("fqdiff fisher", "fqdiff plan --target-bpw 4.25", "fqdiff quantize --method fisher [--activations int8]"),
-            "a format for every tensor, so that the predicted rise of the loss is least within the budget; activations of least "
-            "squared error, split where skips are joined",
-            "it is this project's own",
-            "which further parts earn their place is not measured yet: distillation, bias and noise correction stay flags",
-            Bundle({"range": "mse", "split_skips": True}, strategy="budget"),
+            "a format for every tensor, so that the predicted rise of the loss is least within the budget; 250 steps of "
+            "distillation of all that is stored; then activations of least squared error, for 20 intervals of timesteps, split "
+            "where skips are joined",
+            "it is this project's own; plans with phases or elements, which cannot be distilled, take --distill 0",
+            "bias and noise correction and learned steps stay flags: which of them earn their place is not measured yet",
+            Bundle({"range": "mse", "intervals": 20, "split_skips": True}, distill=250, strategy="budget"),
         ),
     )
 }

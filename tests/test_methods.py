@@ -113,6 +113,18 @@ def test_q_diffusion_makes_a_model_of_the_size_of_its_plan_and_scales(store: Pat
     assert weights["file_bytes"] == weights["promised_bytes"]
 
 
+def test_fisher_distills_before_it_quantizes_activations(store: Path) -> None:
+    few = ("--distill-batch", "2", "--activation-intervals", "2", "--calibration", "uniform")
+    method = ("quantize", "budget", "--method", "fisher", "--distill", "2", *few)
+    made: Any = good(store, *method, "--activations", "int8")
+    assert made["file_bytes"] == made["promised_bytes"] + made["activation_bytes"]
+    weights: Any = good(store, "quantize", "budget", "--distill", "2", *few[:2])
+    assert weights["id"] in str(made["inputs"]["model"])
+    assert weights["file_bytes"] == weights["promised_bytes"]
+    plain: Any = good(store, "quantize", "budget", "--method", "fisher", "--distill", "0", "--dry-run")
+    assert plain["id"] == good(store, "quantize", "budget", "--dry-run")["id"]
+
+
 def _header(path: Path) -> Any:
     content = path.read_bytes()
     return json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fqdiff"])

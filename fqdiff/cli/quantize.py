@@ -369,9 +369,11 @@ def quantize(
         "rate": steps_rate,
         "inputs": steps_inputs,
     }
+    bundle = get_bundle(method) if method is not None else Bundle()
     weights = quantize_step(
         session,
         chosen,
+        {"distill": bundle.distill},
         bias_correction=bias_correction,
         bias_intervals=bias_intervals,
         calibration_images=calibration_images,
@@ -380,7 +382,6 @@ def quantize(
         distill_batch=distill_batch,
         distill_rate=distill_rate,
     )
-    bundle = get_bundle(method) if method is not None else Bundle()
     corrected = noise_correction or bundle.noise_correction or CORRECTION in session.tables()
     reparameterize = reparameterize or bundle.reparameterize
     if reparameterize:
@@ -480,8 +481,10 @@ def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "
         stage = stage.inputs.get("model")
 
 
-def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file.
+def quantize_step(
+    session: Session, plan_manifest: "Manifest", base: "Mapping[str, object] | None" = None, **flags: object
+) -> "Step":
+    """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file, over ``base``.
 
     It gets the plan's Fisher table where ranges may be fitted to it, or output channels chosen by it.
     """
@@ -495,7 +498,7 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
             inputs["fisher"] = table
             if plan_manifest.input("trajectory") is not None:
                 inputs["trajectory"] = only_input(session, plan_manifest, "trajectory")
-    config = session.settings("quantize", QuantizeConfig, {}, **flags)
+    config = session.settings("quantize", QuantizeConfig, base or {}, **flags)
     seed = session.seed if config.bias_correction != "none" or config.distill else 0  # nothing else is random
     return Step("quantize", inputs, config, seed)
 
