@@ -181,7 +181,7 @@ def plan_by_plugin(
         if formats[name].phase_bits:
             raise ConfigError(f"strategy {plugin.words} chose '{fmt}' for '{name}'", "phases belong to a budget")
     scaled = {n: (tuple(weights[n].shape), axes[n]) for n, fmt in formats.items() if not fmt.is_cast}
-    grains = granularities(config.granularity, config.scale, scaled)
+    grains = granularities(config.granularity, config.scale, scaled, split_weights(network))
     entries = []
     for name, tensor in checkpoint.tensors.items():
         chosen, granularity = formats.get(name, float32), grains.get(name, PerTensor())
