@@ -5,41 +5,61 @@ from dataclasses import dataclass, field
 
 from fqdiff.errors import ConfigError
 
+SWITCHES = {  # settings of activations that are no value of a flag, but one of two
+    "split_skips": ("--joint-skips", "--split-skips"),
+    "temporal": ("--tabulate-temporal", "--quantize-temporal"),
+}
+
 
 @dataclass(frozen=True)
 class Bundle:
     """What ``fqdiff quantize --method`` stands for: settings of the stages, under those given as flags or in a file.
 
-    ``activations``: fields of an ActivationConfig, where activations are quantized at all. The plan comes from before: its
-    ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to be among those listed, empty for any;
-    ``scheme``: that of the calibration set, empty for any.
+    ``activations``: fields of an ActivationConfig; they, ``temporal_scales`` and ``learn_steps`` count where activations are
+    quantized at all. The plan comes from before: its ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to
+    be among those listed, empty for any; ``scheme``: that of the calibration set, empty for any. ``split_weights``: layers that
+    are given a joined skip have to have two scales by channel. ``distill``: steps, 0 for none.
     """
 
     activations: Mapping[str, object] = field(default_factory=dict)
+    distill: int = 0
+    reconstruct: bool = False
+    temporal_first: bool = False
+    temporal_scales: bool = False
+    learn_steps: bool = False
     reparameterize: bool = False
     noise_correction: bool = False
     strategy: str = ""
     ranges: tuple[str, ...] = ()
     roundings: tuple[str, ...] = ()
     scheme: str = ""
+    split_weights: bool = False
 
     def flags(self, activations: bool) -> tuple[str, ...]:
         """The same as flags of ``fqdiff quantize``; those of activations only where these are quantized."""
         found = []
         for name, value in self.activations.items() if activations else ():
-            if name == "split_skips":
-                found.append("--split-skips" if value else "--joint-skips")
+            if name in SWITCHES:
+                found.append(SWITCHES[name][bool(value)])
             else:
                 found.append(f"--{name if name == 'softmax' else f'activation-{name}'} {value}")
-        found += ["--reparameterize"] if self.reparameterize else []
-        return (*found, *(["--noise-correction"] if self.noise_correction else []))
+        parts = {
+            f"--distill {self.distill}": self.distill > 0,
+            "--reconstruct": self.reconstruct,
+            "--reconstruct-temporal": self.temporal_first,
+            "--temporal-scales": self.temporal_scales and activations,
+            "--learn-steps": self.learn_steps and activations,
+            "--reparameterize": self.reparameterize,
+            "--noise-correction": self.noise_correction,
+        }
+        return (*found, *(flag for flag, wanted in parts.items() if wanted))
 
 
 @dataclass(frozen=True)
 class Method:
     """One method. ``made_by``: the commands that make it; ``missing``: what of it is not there, empty for nothing.
 
-    ``bundle``: what ``--method`` stands for; None where too much is missing for the name to be fair.
+    ``bundle``: what ``--method`` stands for.
     """
 
     name: str
@@ -50,7 +70,7 @@ class Method:
     implemented: str
     differs: str
     missing: str = ""
-    bundle: Bundle | None = None
+    bundle: Bundle = field(default_factory=Bundle)
 
 
 METHODS: Mapping[str, Method] = {
@@ -99,13 +119,26 @@ METHODS: Mapping[str, Method] = {
             "Q-Diffusion: quantizing diffusion models",
             "Li et al., ICCV 2023, arXiv:2302.04304",
             2023,
-            ("fqdiff calibrate --scheme uniform", "fqdiff quantize --reconstruct --activations int8 --split-skips"),
-            "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, and split "
-            "scales of activations where skips are joined",
+            (
+                "fqdiff plan --uniform int4 --granularity split",
+                "fqdiff calibrate --scheme uniform",
+                "fqdiff quantize --method q-diffusion [--activations int8]",
+            ),
+            "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, then learned steps "
+            "of activations, and scales of their own, of weights and of activations, for the two parts of a joined skip",
             "every layer that is given a joined skip is split, two of them through a norm, where the paper splits 1x1 "
-            "shortcuts; 1,000 iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code "
-            "takes 20,000 and the last",
-            "learned steps of activations, and split scales of weights",
+            "shortcuts; the penalty on undecided roundings covers both parts, where the code leaves out the second; 1,000 "
+            "iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code takes 20,000 and the "
+            "last; steps start from ranges of least squared error and learn by squared errors, where the code has min-max and "
+            "|x|^2.4; the time embedding and the output are quantized as the plan says",
+            bundle=Bundle(
+                {"range": "mse", "split_skips": True},
+                reconstruct=True,
+                learn_steps=True,
+                roundings=("nearest",),
+                scheme="uniform",
+                split_weights=True,
+            ),
         ),
         Method(
             "ptqd",
@@ -118,8 +151,8 @@ METHODS: Mapping[str, Method] = {
             "the slope has an intercept for each channel and the bias is the residual's mean, so that an error k eps + b is "
             "undone exactly, where the code leaks one into the other; the direction of a DDIM step keeps sigma, where the code "
             "puts sigma' there as well; of a velocity model, the velocity is corrected",
-            "its activations come from learned steps, here from ranges of least squared error, and its weights from "
-            "block reconstruction, which is --reconstruct and no part of the name; precision by timestep from "
+            "block reconstruction of weights and learned steps of activations are flags, --reconstruct and --learn-steps, and no "
+            "part of the name; precision by timestep from "
             "signal-to-noise ratios (fqdiff plan --phases chooses it by Fisher information)",
             Bundle({"range": "mse", "split_skips": False}, noise_correction=True),
         ),
@@ -128,22 +161,33 @@ METHODS: Mapping[str, Method] = {
             "Temporal dynamic quantization for diffusion models",
             "So et al., NeurIPS 2023, arXiv:2306.02316",
             2023,
-            ("fqdiff quantize --activations int8 --activation-intervals 20",),
-            "only the form in which it is deployed: a table of scales by site and interval of timesteps",
-            "the scales come from calibration, and intervals share them",
-            "the network that maps the time embedding to a scale, and its training",
+            ("fqdiff calibrate", "fqdiff quantize --method tdq --activations int8"),
+            "a network for each site from the model's time embedding to the range of its activations, tabulated into the form in "
+            "which it is deployed: scales by site and interval of timesteps",
+            "the networks are trained to ranges of least squared error at 20 timesteps, after training, where the paper's main "
+            "form trains them with the network, and its other one to layer outputs; ranges have two ends where the format has a "
+            "zero point, so that SiLU's outputs need no shift; only channels of the embedding that are slow enough for 20 "
+            "timesteps; no dropout; weights are as the plan says",
+            bundle=Bundle({"range": "mse", "intervals": 20, "split_skips": False}, temporal_scales=True),
         ),
         Method(
             "tfmq",
             "TFMQ-DM: temporal feature maintenance quantization for diffusion models",
             "Huang et al., CVPR 2024, arXiv:2311.16503",
             2024,
-            ("fqdiff calibrate", "fqdiff quantize --method tfmq --activations int8"),
-            "finite-set calibration: ranges of activations for each interval of timesteps, from that interval's inputs alone",
-            "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width",
-            "reconstruction of the temporal block, and cached time embeddings: time projections are quantized as the plan says, "
-            "and their inputs like all others",
-            Bundle({"range": "min-max", "intervals": 20, "split_skips": False}),
+            ("fqdiff calibrate", "fqdiff quantize --method tfmq [--activations int8]"),
+            "the time embedding and all its projections reconstructed first, as one block over all timesteps, then the other "
+            "blocks; ranges of activations for each interval of timesteps, from that interval's inputs alone; the inputs of "
+            "layers that depend on t alone stay in full precision, since their outputs can be computed once for each t",
+            "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width; "
+            "1,000 iterations, where the code takes 20,000; those layers' weights are stored as the plan says, since a table of "
+            "their outputs for all t would be larger than they are",
+            bundle=Bundle(
+                {"range": "min-max", "intervals": 20, "split_skips": False, "temporal": False},
+                reconstruct=True,
+                temporal_first=True,
+                roundings=("nearest",),
+            ),
         ),
         Method(
             "repq",
@@ -162,22 +206,19 @@ METHODS: Mapping[str, Method] = {
             "this project's own, docs/concepts.md",
             2026,
             ("fqdiff fisher", "fqdiff plan --target-bpw 4.25", "fqdiff quantize --method fisher [--activations int8]"),
-            "a format for every tensor, so that the predicted rise of the loss is least within the budget; activations of least "
-            "squared error, split where skips are joined",
-            "it is this project's own",
-            "which further parts earn their place is not measured yet: distillation, bias and noise correction stay flags",
-            Bundle({"range": "mse", "split_skips": True}, strategy="budget"),
+            "a format for every tensor, so that the predicted rise of the loss is least within the budget; 250 steps of "
+            "distillation of all that is stored; then activations of least squared error, for 20 intervals of timesteps, split "
+            "where skips are joined",
+            "it is this project's own; plans with phases or elements, which cannot be distilled, take --distill 0",
+            "bias and noise correction and learned steps stay flags: which of them earn their place is not measured yet",
+            Bundle({"range": "mse", "intervals": 20, "split_skips": True}, distill=250, strategy="budget"),
         ),
     )
 }
 
 
 def get_bundle(name: str) -> Bundle:
-    """What ``--method name`` stands for. Raises ConfigError where there is no such method, or too little of it."""
-    offered = ", ".join(m.name for m in METHODS.values() if m.bundle is not None)
+    """What ``--method name`` stands for. Raises ConfigError where there is no such method."""
     if name not in METHODS:
-        raise ConfigError(f"unknown method '{name}'", f"one of: {offered}; fqdiff methods says more")
-    method = METHODS[name]
-    if method.bundle is None:
-        raise ConfigError(f"{name} lacks {method.missing}", f"what is there of it: {'; '.join(method.made_by)}")
-    return method.bundle
+        raise ConfigError(f"unknown method '{name}'", f"one of: {', '.join(METHODS)}; fqdiff methods says more")
+    return METHODS[name].bundle

@@ -96,8 +96,17 @@ STAGES: Mapping[str, Stage] = {
     "reconstruct": Stage(
         "quantized", "fqdiff.stages.reconstruct:reconstruct_blocks", ("checkpoint", "model", "calibration")
     ),
+    "reconstruct-temporal": Stage(
+        "quantized", "fqdiff.stages.reconstruct:reconstruct_temporal_first", ("checkpoint", "model", "calibration")
+    ),
     "activations": Stage(
         "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
+    ),
+    "temporal-scales": Stage(
+        "quantized", "fqdiff.stages.temporal_scales:learn_temporal_scales", ("checkpoint", "model", "calibration")
+    ),
+    "activation-steps": Stage(
+        "quantized", "fqdiff.stages.activation_steps:learn_activation_steps", ("checkpoint", "model", "calibration")
     ),
     "noise-correction": Stage(
         "quantized", "fqdiff.stages.noise_correction:correct_noise", ("checkpoint", "model", "calibration")

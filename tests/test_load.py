@@ -54,7 +54,7 @@ def packed_as(network: nn.Module, tensors: Mapping[str, Tensor], name: str, wish
     """``tensors`` of more than one axis in the format ``name``, the others as they are."""
     axes, fmt = output_axes(network), get_format(name)
     many = {n: (tuple(t.shape), axes[n]) for n, t in tensors.items() if t.ndim > 1}
-    grains = dict.fromkeys(many, PerTensor()) if fmt.is_cast else granularities(wish, "float16", many)
+    grains = dict.fromkeys(many, PerTensor()) if fmt.is_cast else granularities(wish, "float16", many, {})
     kept = get_format("float32")
     return {n: pack_tensor(t, fmt if n in many else kept, grains.get(n, PerTensor())) for n, t in tensors.items()}
 

@@ -259,6 +259,12 @@ def read_with_numpy(path: Path, name: str, phase: int | None = None) -> np.ndarr
             rows = np.moveaxis(codes_of(raw(f"{name}.codes"), count).reshape(shape), axis, 0)
             book = raw(f"{name}.codebook").view(dtype).astype(np.float32)
             book = book.reshape(header[f"{name}.codebook"]["shape"])
+            if granularity.startswith("split"):
+                second = np.arange(rows.shape[1]) >= int(numbers[0])
+                of_weight = (2 * np.arange(len(rows))[:, None] + second).reshape(
+                    *rows.shape[:2], *[1] * (rows.ndim - 2)
+                )
+                return np.moveaxis(book[of_weight, rows], 0, axis)
             named = np.take_along_axis(book, rows.reshape(len(book), -1), axis=1)
             return np.moveaxis(named.reshape(rows.shape), 0, axis)
         scale = raw(f"{name}.scale").view(dtype).astype(np.float32)
@@ -272,6 +278,11 @@ def read_with_numpy(path: Path, name: str, phase: int | None = None) -> np.ndarr
             else:
                 zero = np.full(len(scale), 1 if facts["format"] == "ternary" else codes_middle(stored))
         rows = np.moveaxis(codes.reshape(shape), axis, 0)
+        if granularity.startswith("split"):
+            second = np.arange(rows.shape[1]) >= int(numbers[0])
+            of_weight = (2 * np.arange(len(rows))[:, None] + second).reshape(*rows.shape[:2], *[1] * (rows.ndim - 2))
+            found = (rows - zero[of_weight]).astype(np.float32) * scale[of_weight]
+            return np.moveaxis(found, 0, axis)
         found = (rows.reshape(len(scale), -1) - zero[:, None]).astype(np.float32) * scale[:, None]
         return np.moveaxis(found.reshape(rows.shape), 0, axis)
 

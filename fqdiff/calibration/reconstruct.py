@@ -16,7 +16,7 @@ Shapes: N inputs.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,9 +68,11 @@ def reconstruct(
     config: ReconstructConfig,
     seed: int,
     context: Context,
+    apart: Collection[str] = (),
 ) -> dict[str, PackedTensor]:
     """The packed tensors of ``model`` with the rounding of its integers learned; all else as it is. A stopped run goes on.
 
+    ``apart``: parameters whose rounding stays, since it was learned before.
     Raises LineageError where codes are not ``checkpoint``'s weights rounded, NumericalError where outputs are no numbers.
     """
     device = context.device
@@ -78,7 +80,9 @@ def reconstruct(
     def rounding(name: str) -> LearnedRounding:
         return LearnedRounding(name, checkpoint.tensors[name], model.packed[name])
 
-    learnable = [name for name, p in model.packed.items() if can_learn_rounding(p.format, p.granularity)]
+    learnable = [
+        name for name, p in model.packed.items() if can_learn_rounding(p.format, p.granularity) and name not in apart
+    ]
     for name in learnable:
         rounding(name)  # what is to be refused is refused before the work begins; kept are those of one block at a time
     full = checkpoint.network().to(device)
@@ -151,10 +155,17 @@ def capture(
     full: nn.Module, network: nn.Module, block: str, inputs: CalibrationInputs, device: torch.device
 ) -> BlockData:
     """What ``network`` gives to ``block``, and what the block of ``full`` puts out, on ``inputs``, fewer where MEMORY asks."""
+    fewer = that_fit(full, network, block, inputs, device)
+    return BlockData(_arguments(network, block, fewer, device), _output(full, block, fewer, device))
+
+
+def that_fit(
+    full: nn.Module, network: nn.Module, block: str, inputs: CalibrationInputs, device: torch.device
+) -> CalibrationInputs:
+    """As many of ``inputs`` as MEMORY can hold arguments and outputs of ``block`` for, evenly spread."""
     first = CalibrationInputs(inputs.x_t[:1], inputs.t[:1])
     one = [*_arguments(network, block, first, device), _output(full, block, first, device)]
-    fewer = spread(inputs, max(1, MEMORY // sum(t.nbytes for t in one)))
-    return BlockData(_arguments(network, block, fewer, device), _output(full, block, fewer, device))
+    return spread(inputs, max(1, MEMORY // sum(t.nbytes for t in one)))
 
 
 def _arguments(network: nn.Module, block: str, inputs: CalibrationInputs, device: torch.device) -> tuple[Tensor, ...]:
@@ -164,7 +175,8 @@ def _arguments(network: nn.Module, block: str, inputs: CalibrationInputs, device
         seen.append(tuple(a.cpu() for a in arguments))
         raise _Reached
 
-    handle = network.get_submodule(block).register_forward_pre_hook(see)
+    # First of all hooks: the tensor that the block is given, not what a quantizer at its door makes of it.
+    handle = network.get_submodule(block).register_forward_pre_hook(see, prepend=True)
     _run(network, inputs, device, handle.remove)
     return tuple(torch.cat(argument) for argument in zip(*seen, strict=True))
 
@@ -271,7 +283,7 @@ def block_loss(
 ) -> Tensor:
     """What the module's docstring says is minimised, on some inputs; ``stored`` is e(stored), no ``beta`` no penalty."""
     output = functional_call(block, {name: r() for name, r in roundings.items()}, arguments)
-    weights = sum(r.v.numel() for r in roundings.values())
+    weights = sum(r.weights for r in roundings.values())
     loss: Tensor = weights * (output - target).square().mean() / stored
     if beta is None:
         return loss
@@ -282,7 +294,7 @@ def block_loss(
 def undecided(roundings: Mapping[str, LearnedRounding]) -> float:
     """The share of weights whose h is neither 0 nor 1, but for a twentieth."""
     number = sum(int(((h := r.soft()) > 0.05).logical_and(h < 0.95).sum()) for r in roundings.values())
-    return number / sum(r.v.numel() for r in roundings.values())
+    return number / sum(r.weights for r in roundings.values())
 
 
 @torch.no_grad()

@@ -25,8 +25,7 @@ def methods(
     if name is not None and name not in METHODS:
         raise ConfigError(f"unknown method '{name}'", f"one of: {', '.join(METHODS)}")
     chosen = [m for m in METHODS.values() if name in (None, m.name)]
-    data = [{**asdict(m), "quantize_method": m.bundle is not None} for m in chosen]
-    session.result({"methods": data}, lambda: "\n\n".join(method_text(m) for m in chosen))
+    session.result({"methods": [asdict(m) for m in chosen]}, lambda: "\n\n".join(method_text(m) for m in chosen))
 
 
 def method_text(method: Method) -> str:

@@ -244,8 +244,9 @@ def make(
     granularity: Annotated[
         str | None,
         typer.Option(
-            help="One scale per tensor, per channel, per group:SIZE of a channel's weights, or group-near:SIZE; "
-            "with ,element single elements may stay high, with ,output single output channels.",
+            help="One scale per tensor, per channel, per group:SIZE of a channel's weights, or group-near:SIZE; split is "
+            "per channel and apart for joined skips; with ,element single elements may stay high, with ,output single output "
+            "channels.",
             show_default=f"{PlanConfig.granularity}; for a budget {','.join(GRAINS)}, and output where the Fisher table "
             "has single weights",
         ),

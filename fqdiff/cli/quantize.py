@@ -16,6 +16,8 @@ from fqdiff.configs import (
     NoiseCorrectionConfig,
     QuantizeConfig,
     ReconstructConfig,
+    StepsConfig,
+    TemporalConfig,
     quantize_reads_fisher,
 )
 from fqdiff.errors import ConfigError
@@ -31,7 +33,12 @@ if TYPE_CHECKING:
 ACTIVATIONS = "Activations"
 RECONSTRUCTION = "Block reconstruction"
 PREDICTION = "What the network predicts"
+LEARNED_STEPS = "Learned activation steps"
+SCALES_BY_TIME = "Activation scales by time"
 CORRECTION = "noise-correction"  # stage, and table of the settings file
+STEPS, TEMPORAL = "activation-steps", "temporal-scales"  # likewise
+RECONSTRUCT = ("reconstruct", "reconstruct-temporal")  # tables of one kind: which one is there says how
+OF_ACTIVATIONS = ("activations", TEMPORAL, STEPS)
 
 
 @common()
@@ -99,6 +106,15 @@ def quantize(
             rich_help_panel=RECONSTRUCTION,
         ),
     ] = None,
+    reconstruct_temporal: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct-temporal/--reconstruct-together",
+            help="First learn the layers that depend on t alone, as one block, over all timesteps.",
+            show_default="together",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
     reconstruct_iterations: Annotated[
         int | None,
         typer.Option(
@@ -149,7 +165,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Calibration set for --reconstruct, ranges of activations, --reparameterize, --noise-correction.",
+            help="Calibration set for what learns from one: --reconstruct, ranges and steps of activations, ...",
             show_default="the latest of the model",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
@@ -197,6 +213,15 @@ def quantize(
             rich_help_panel=ACTIVATIONS,
         ),
     ] = None,
+    quantize_temporal: Annotated[
+        bool | None,
+        typer.Option(
+            "--quantize-temporal/--tabulate-temporal",
+            help="Whether inputs of layers that depend on t alone are quantized; else these are meant for a table over t.",
+            show_default="quantize",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
     activation_first: Annotated[
         str | None,
         typer.Option(help="Format of the first layer's input.", show_default="float32", rich_help_panel=ACTIVATIONS),
@@ -212,6 +237,82 @@ def quantize(
             help="Take ranges from every input as it comes; nothing is calibrated.",
             show_default="static",
             rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    temporal_scales: Annotated[
+        bool | None,
+        typer.Option(
+            "--temporal-scales/--no-temporal-scales",
+            help="Fit scales of several intervals by networks of the time embedding, and tabulate these.",
+            show_default="no-temporal-scales",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    temporal_intervals: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Intervals of timesteps in the table.",
+            show_default=f"{TemporalConfig.intervals}",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    temporal_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each network.",
+            show_default=f"{TemporalConfig.iterations}",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    temporal_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate at first; it falls to 0.",
+            show_default=f"{TemporalConfig.rate}",
+            rich_help_panel=SCALES_BY_TIME,
+        ),
+    ] = None,
+    learn_steps: Annotated[
+        bool | None,
+        typer.Option(
+            "--learn-steps/--no-learn-steps",
+            help="Learn the scales of activations by gradient, block by block, on a calibration set.",
+            show_default="no-learn-steps",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
+    steps_iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimizer steps of each block.",
+            show_default=f"{StepsConfig.iterations}",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
+    steps_batch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Inputs of each step.", show_default=f"{StepsConfig.batch}", rich_help_panel=LEARNED_STEPS
+        ),
+    ] = None,
+    steps_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="By which share of itself a scale moves at first; it falls to 0.",
+            show_default=f"{StepsConfig.rate}",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
+    steps_inputs: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Inputs of the calibration set that are used, at most.",
+            show_default=f"{StepsConfig.inputs}",
+            rich_help_panel=LEARNED_STEPS,
         ),
     ] = None,
     reparameterize: Annotated[
@@ -256,13 +357,23 @@ def quantize(
         "granularity": activation_granularity,
         "softmax": softmax,
         "split_skips": split_skips,
+        "temporal": quantize_temporal,
         "first": activation_first,
         "last": activation_last,
         "dynamic": dynamic,
     }
+    of_time = {"intervals": temporal_intervals, "iterations": temporal_iterations, "rate": temporal_rate}
+    of_steps = {
+        "iterations": steps_iterations,
+        "batch": steps_batch,
+        "rate": steps_rate,
+        "inputs": steps_inputs,
+    }
+    bundle = get_bundle(method) if method is not None else Bundle()
     weights = quantize_step(
         session,
         chosen,
+        {"distill": bundle.distill},
         bias_correction=bias_correction,
         bias_intervals=bias_intervals,
         calibration_images=calibration_images,
@@ -271,25 +382,31 @@ def quantize(
         distill_batch=distill_batch,
         distill_rate=distill_rate,
     )
-    bundle = get_bundle(method) if method is not None else Bundle()
     corrected = noise_correction or bundle.noise_correction or CORRECTION in session.tables()
     reparameterize = reparameterize or bundle.reparameterize
     if reparameterize:
         weights = reparameterized_step(session, chosen, weights, calibration)
-        if reconstruct or "reconstruct" in session.tables():
+        if reconstruct or set(RECONSTRUCT) & session.tables().keys():
             raise ConfigError("reconstruction of weights that were reparameterized", "leave one of the two out")
     else:
-        weights = reconstruct_step(session, chosen, weights, calibration, reconstruct, of_reconstruction)
-    shared = corrected or reparameterize or weights.stage == "reconstruct"
+        asked = reconstruct if reconstruct is not None else (bundle.reconstruct or None)
+        first = (
+            reconstruct_temporal if reconstruct_temporal is not None else ((bundle.temporal_first and asked) or None)
+        )
+        weights = reconstruct_step(session, chosen, weights, calibration, asked, of_reconstruction, first)
+    shared = corrected or reparameterize or weights.stage in RECONSTRUCT
     rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
-    step = correction_step(session, chosen, rounded, calibration, corrected, intervals=noise_intervals)
+    quantized = rounded is not weights
+    asked = temporal_scales if temporal_scales is not None else ((bundle.temporal_scales and quantized) or None)
+    timed = temporal_step(session, chosen, rounded, calibration, asked, of_time)
+    asked = learn_steps if learn_steps is not None else ((bundle.learn_steps and quantized) or None)
+    learned = learned_steps_step(session, chosen, timed, calibration, asked, of_steps)
+    step = correction_step(session, chosen, learned, calibration, corrected, intervals=noise_intervals)
     facts: dict[str, object] = {}
     if method is not None:
         check_bundle(session, method, bundle, chosen, step)
-        facts = {"method": method, "bundle": bundle.flags(rounded is not weights)}
-    manifest = session.make(
-        step, facts, [f"{method} is {' '.join(bundle.flags(rounded is not weights))}"] if method else ()
-    )
+        facts = {"method": method, "bundle": bundle.flags(quantized)}
+    manifest = session.make(step, facts, [f"{method} is {' '.join(bundle.flags(quantized))}"] if method else ())
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
@@ -323,7 +440,8 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
     sizes: dict[str, int] = {}
     made = manifest
     while made.input("model") is not None:
-        sizes[made.recipe.stage] = made.file("model.safetensors").bytes
+        stage = "activations" if made.recipe.stage in OF_ACTIVATIONS else made.recipe.stage
+        sizes.setdefault(stage, made.file("model.safetensors").bytes)
         made = only_input(session, made, "model")
     sizes["quantize"] = made.file("model.safetensors").bytes
     added, before = {}, promised
@@ -336,7 +454,7 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
 def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "Manifest", step: "Step") -> None:
     """Raise ConfigError unless the plan and the calibration sets behind ``step`` are what ``method`` asks for."""
     from fqdiff.pipeline import Step
-    from fqdiff.quant.formats import get_format
+    from fqdiff.quant.formats import PerSplit, get_format, parse_granularity
     from fqdiff.store.manifest import Manifest
 
     plan: Plan = session.runner.load(plan_manifest)
@@ -352,6 +470,8 @@ def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "
             raise ConfigError(
                 f"{method} has the {what} {', '.join(wanted)}; the plan has {', '.join(sorted(got))}", how
             )
+    if bundle.split_weights and not any(isinstance(parse_granularity(e.granularity), PerSplit) for e in integers):
+        raise ConfigError(f"{method} splits the weights of layers that are given a joined skip; the plan does not", how)
     stage: object = step
     while isinstance(stage, Step):
         source = stage.inputs.get("calibration")
@@ -361,8 +481,10 @@ def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "
         stage = stage.inputs.get("model")
 
 
-def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file.
+def quantize_step(
+    session: Session, plan_manifest: "Manifest", base: "Mapping[str, object] | None" = None, **flags: object
+) -> "Step":
+    """The step that carries out a plan on the checkpoint it was made for, with the settings of flags and file, over ``base``.
 
     It gets the plan's Fisher table where ranges may be fitted to it, or output channels chosen by it.
     """
@@ -376,7 +498,7 @@ def quantize_step(session: Session, plan_manifest: "Manifest", **flags: object) 
             inputs["fisher"] = table
             if plan_manifest.input("trajectory") is not None:
                 inputs["trajectory"] = only_input(session, plan_manifest, "trajectory")
-    config = session.settings("quantize", QuantizeConfig, {}, **flags)
+    config = session.settings("quantize", QuantizeConfig, base or {}, **flags)
     seed = session.seed if config.bias_correction != "none" or config.distill else 0  # nothing else is random
     return Step("quantize", inputs, config, seed)
 
@@ -385,7 +507,8 @@ def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
     weights = reconstruct_step(session, plan_manifest, quantize_step(session, plan_manifest))
     rounded = activations_step(session, plan_manifest, weights)
-    return correction_step(session, plan_manifest, rounded, None, CORRECTION in session.tables())
+    learned = learned_steps_step(session, plan_manifest, temporal_step(session, plan_manifest, rounded))
+    return correction_step(session, plan_manifest, learned, None, CORRECTION in session.tables())
 
 
 def reconstruct_step(
@@ -395,30 +518,36 @@ def reconstruct_step(
     calibration: str | None = None,
     asked: bool | None = None,
     flags: "Mapping[str, object] | None" = None,
+    temporal_first: bool | None = None,
 ) -> "Step":
     """The step that learns the rounding of what ``weights`` makes; ``weights`` itself where nothing asks for that.
 
-    ``asked`` decides; else a table of the file does by being there. On ``calibration``, else on the latest set of the plan's
-    checkpoint.
+    ``asked`` decides, and ``temporal_first``; else a table of the file does by being there. On ``calibration``, else on the
+    latest set of the plan's checkpoint.
     """
     from fqdiff.pipeline import Step
 
-    if not (asked if asked is not None else "reconstruct" in session.tables()):
-        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+    tables = [name for name in RECONSTRUCT if name in session.tables()]
+    if len(tables) > 1:
+        raise ConfigError("tables for reconstruct and reconstruct-temporal", "one of them: it says how")
+    if not (asked if asked is not None else bool(tables)):
+        given = {**(flags or {}), "temporal": temporal_first}
+        unused = sorted(name for name, value in given.items() if value is not None)
         if unused:
             raise ConfigError(f"{', '.join(unused)} of a reconstruction that is not asked for", "add --reconstruct")
         return weights
     for name, what in (("bias_correction", "biases corrected"), ("distill", "weights distilled")):
         if getattr(weights.config, name) != getattr(QuantizeConfig, name):
             raise ConfigError(f"{what} before their rounding is learned", f"leave --{name.replace('_', '-')} out")
-    config = session.settings("reconstruct", ReconstructConfig, {}, **(flags or {}))
+    stage = RECONSTRUCT[temporal_first if temporal_first is not None else "reconstruct-temporal" in tables]
+    config = session.settings(tables[0] if tables else stage, ReconstructConfig, {}, **(flags or {}))
     checkpoint = only_input(session, plan_manifest, "checkpoint")
     inputs: dict[str, Step | Manifest] = {
         "checkpoint": checkpoint,
         "model": weights,
         "calibration": of_checkpoint(session, "calibration", checkpoint.id, calibration),
     }
-    return Step("reconstruct", inputs, config, session.seed)
+    return Step(stage, inputs, config, session.seed)
 
 
 def activations_step(
@@ -454,6 +583,68 @@ def activations_step(
     elif calibration is not None and not shared:
         raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")
     return Step("activations", inputs, config)
+
+
+def learned_steps_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    model: "Step",
+    calibration: str | None = None,
+    asked: bool | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that learns the activation scales of what ``model`` makes; ``model`` itself where nothing asks for that.
+
+    ``asked`` decides; else a table of the file does by being there. On ``calibration``, else on the latest set of the plan's
+    checkpoint.
+    """
+    from fqdiff.pipeline import Step
+
+    if not (asked if asked is not None else STEPS in session.tables()):
+        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of activation steps that are not learned", "add --learn-steps")
+        return model
+    if model.stage not in OF_ACTIVATIONS:
+        raise ConfigError("learned steps of activations that stay float32", "add --activations int8")
+    if model.stage == "activations" and model.config.dynamic:
+        raise ConfigError("dynamic activations have no steps to learn", "leave --learn-steps or --dynamic out")
+    config = session.settings(STEPS, StepsConfig, {}, **(flags or {}))
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
+    inputs: dict[str, Step | Manifest] = {"checkpoint": checkpoint, "model": model, "calibration": chosen}
+    return Step(STEPS, inputs, config, session.seed)
+
+
+def temporal_step(
+    session: Session,
+    plan_manifest: "Manifest",
+    model: "Step",
+    calibration: str | None = None,
+    asked: bool | None = None,
+    flags: "Mapping[str, object] | None" = None,
+) -> "Step":
+    """The step that fits the activation scales of what ``model`` makes by functions of time; ``model`` where nothing asks for it.
+
+    ``asked`` decides; else a table of the file does by being there. The calibration set is the one that the scales come from.
+    """
+    from fqdiff.pipeline import Step
+
+    if not (asked if asked is not None else TEMPORAL in session.tables()):
+        unused = sorted(name for name, value in (flags or {}).items() if value is not None)
+        if unused:
+            raise ConfigError(f"{', '.join(unused)} of scales that are no function of time", "add --temporal-scales")
+        return model
+    if model.stage != "activations":
+        raise ConfigError("scales by time of activations that stay float32", "add --activations int8")
+    if model.config.dynamic:
+        raise ConfigError("dynamic activations have no scales to learn", "leave --temporal-scales or --dynamic out")
+    if model.config.intervals < 2:
+        raise ConfigError(
+            "scales of one interval do not tell how they change with time", "add --activation-intervals 20"
+        )
+    config = session.settings(TEMPORAL, TemporalConfig, {}, **(flags or {}))
+    return Step(TEMPORAL, {**model.inputs, "model": model}, config, session.seed)
 
 
 def reparameterized_step(

@@ -83,7 +83,16 @@ def run(
     scale = FROM_SCRATCH.get(size, SCALES[size]) if from_scratch else SCALES[size]
     if scale.pretrained and "train" in session.tables():
         raise ConfigError(f"run {size} starts from {scale.pretrained}: nothing to train", "add --from-scratch")
-    stages = ("plan", "quantize", "activations", "noise-correction")
+    stages = (
+        "plan",
+        "quantize",
+        "reconstruct",
+        "reconstruct-temporal",
+        "activations",
+        "temporal-scales",
+        "activation-steps",
+        "noise-correction",
+    )
     fixed: list[str] = [name for name in stages if name in session.tables()]
     fixed += [f"train.{key}" for key in ("preset", "dataset", "image_size") if key in session.tables().get("train", {})]
     if fixed:

@@ -245,8 +245,8 @@ class _TqdmBar:
 
 
 STAGE_TABLES = (
-    "train", "fisher", "validate", "plan", "calibrate", "quantize", "reconstruct", "activations", "noise-correction", "sample",
-    "classifier", "fid", "compare",
+    "train", "fisher", "validate", "plan", "calibrate", "quantize", "reconstruct", "reconstruct-temporal", "activations",
+    "temporal-scales", "activation-steps", "noise-correction", "sample", "classifier", "fid", "compare",
 )  # fmt: skip
 OUTSIDE_CONFIG = {"train": ("preset", "dataset", "image_size")}
 

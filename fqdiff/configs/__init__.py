@@ -43,6 +43,8 @@ from fqdiff.configs.quantize import (
     CalibrateConfig,
     QuantizeConfig,
     ReconstructConfig,
+    StepsConfig,
+    TemporalConfig,
 )
 from fqdiff.configs.recipes import Config, config_from_data
 
@@ -88,6 +90,8 @@ __all__ = [
     "QuantizeConfig",
     "ReconstructConfig",
     "SampleConfig",
+    "StepsConfig",
+    "TemporalConfig",
     "TrainConfig",
     "ValidateConfig",
     "config_from_data",

@@ -32,10 +32,10 @@ FITTED = (
 class PlanConfig:
     """How a precision is chosen for every parameter. One strategy, and the settings that it reads.
 
-    ``granularity``: tensor, channel, group:SIZE or group-near:SIZE, of a budget several with commas; element among them lets
-    single elements be kept in another format, output whole output channels; ``scale``: what scales are stored in; ``symmetric``:
-    integers without zero points; ``ranges``: what the codes of integers span, of a budget several, empty for the default;
-    ``rounding``: how codes are chosen.
+    ``granularity``: tensor, channel, split, group:SIZE or group-near:SIZE, of a budget several with commas; element among them
+    lets single elements be kept in another format, output whole output channels; ``scale``: what scales are stored in;
+    ``symmetric``: integers without zero points; ``ranges``: what the codes of integers span, of a budget several, empty for the
+    default; ``rounding``: how codes are chosen.
 
     Rules put a tensor into ``low`` below its threshold, else into ``high``, or into one of the formats of ``ladder``, widest
     first. A ladder's next thresholds are ``ladder_step`` times smaller each, or ``lower_thresholds``, for ``threshold`` alone.
@@ -98,9 +98,10 @@ class PlanConfig:
         )
         for granularity in self.granularity.split(","):
             require(
-                granularity in ("tensor", "channel", ELEMENT, OUTPUT) or GROUPS.fullmatch(granularity) is not None,
+                granularity in ("tensor", "channel", "split", ELEMENT, OUTPUT)
+                or GROUPS.fullmatch(granularity) is not None,
                 f"unknown granularity '{granularity}'",
-                "tensor, channel, group:SIZE such as group:32, group-near:SIZE, element or output",
+                "tensor, channel, split, group:SIZE such as group:32, group-near:SIZE, element or output",
             )
         for name in self.ranges:
             require(name in RANGES, f"unknown range '{name}'", f"one of: {', '.join(RANGES)}")
@@ -145,6 +146,11 @@ class PlanConfig:
             "leave output out of --granularity",
         )
         require(self.rounding == "nearest", f"{self.rounding} for output channels in two formats", "use nearest")
+        require(
+            self.strategy == "budget" or "split" not in self.scale_granularities,
+            "output channels in two formats whose scales are split",
+            "leave output or split out of --granularity",
+        )
         require(
             not self.by_element, "elements and outputs of one tensor in other formats", "element or output, not both"
         )

@@ -126,6 +126,43 @@ class ReconstructConfig:
         )
 
 
+@dataclass(frozen=True)
+class StepsConfig:
+    """How the steps of activation quantizers are learned, block by block: ``iterations`` optimizer steps on ``batch`` inputs.
+
+    ``rate``: by which share of itself Adam moves a step at first; it falls to 0. ``inputs``: so many of the calibration set at
+    most, evenly spread.
+    """
+
+    iterations: int = 100
+    batch: int = 16
+    rate: float = 0.02
+    inputs: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch"):
+            require(getattr(self, name) >= 1, f"learned steps' {name} is {getattr(self, name)}", "use 1 or more")
+        require(self.inputs >= 2, f"learned steps' inputs is {self.inputs}", "use 2 or more, e.g. 1024")
+        require(0 < self.rate <= 1, f"learned steps' rate is {self.rate}", "use 0.0001 to 1, e.g. 0.01")
+
+
+@dataclass(frozen=True)
+class TemporalConfig:
+    """How scales of activations become a function of time: networks trained for ``iterations`` steps from ``rate`` on.
+
+    ``intervals``: of timesteps, for which the function is tabulated.
+    """
+
+    intervals: int = 50
+    iterations: int = 300
+    rate: float = 0.003
+
+    def __post_init__(self) -> None:
+        for name in ("intervals", "iterations"):
+            require(getattr(self, name) >= 1, f"temporal scales' {name} is {getattr(self, name)}", "use 1 or more")
+        require(0 < self.rate <= 1, f"temporal scales' rate is {self.rate}", "use 0.0001 to 1, e.g. 0.003")
+
+
 ACTIVATION_BITS = (8, 6, 4)
 ACTIVATION_FORMATS = (*(f"int{bits}" for bits in ACTIVATION_BITS), *(f"int{bits}sym" for bits in ACTIVATION_BITS))
 ACTIVATION_RANGES = ("min-max", "percentile", "mse", "l1", "cosine", "kl")
@@ -138,8 +175,9 @@ class ActivationConfig:
 
     ``range``: what the codes span. ``intervals`` of timesteps with scales of their own. ``softmax``: how the codes of softmax
     outputs lie, in as many bits as ``format`` has. ``split_skips``: layers that are given a joined skip have one scale on either
-    side. ``first``, ``last``: format of the first layer's input and of the network's output, empty for none. ``dynamic``: every
-    input is quantized by its own minimum and maximum, and nothing is calibrated.
+    side. ``temporal``: whether inputs of layers that depend on t alone are quantized too; without, what these put out is meant
+    to be computed beforehand, once for each t. ``first``, ``last``: format of the first layer's input and of the network's
+    output, empty for none. ``dynamic``: every input is quantized by its own minimum and maximum, and nothing is calibrated.
     """
 
     format: str = "int8"
@@ -148,6 +186,7 @@ class ActivationConfig:
     intervals: int = 1
     softmax: str = "uniform"
     split_skips: bool = True
+    temporal: bool = True
     first: str = ""
     last: str = ""
     dynamic: bool = False

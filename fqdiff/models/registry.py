@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from fqdiff.errors import ConfigError
-from fqdiff.models.unet import RECONSTRUCTED, UNet, UNetConfig, block_of, concat_boundaries, normed_convolutions
+from fqdiff.models.unet import (
+    RECONSTRUCTED,
+    SinusoidalTable,
+    TemporalBlock,
+    UNet,
+    UNetConfig,
+    block_of,
+    concat_boundaries,
+    normed_convolutions,
+)
 
 Architecture = Mapping[str, object]
 
@@ -60,6 +69,25 @@ def first_layer(network: nn.Module) -> str:
     return "stem.conv"
 
 
+def time_features(network: nn.Module) -> torch.Tensor:
+    """The sinusoidal embedding of every timestep that the network has, float32 [T, E]."""
+    (table,) = (m.get_buffer("table") for m in network.modules() if isinstance(m, SinusoidalTable))
+    return table
+
+
+def temporal_block(network: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """What of ``network`` depends on t alone, a module of t, and the name in ``network`` of each of its parameters."""
+    assert isinstance(network, UNet)
+    block = TemporalBlock(network)
+    names = {id(p): name for name, p in network.named_parameters()}
+    return block, {own: names[id(p)] for own, p in block.named_parameters()}
+
+
+def temporal_layers(network: nn.Module) -> set[str]:
+    """The layers that are given nothing but what depends on t."""
+    return {name.rpartition(".")[0] for name in temporal_block(network)[1].values()}
+
+
 def reconstruction_blocks(network: nn.Module) -> list[str]:
     """The modules that are reconstructed as a whole, in the order of computing: every parameter is in one of them."""
     assert isinstance(network, UNet)
@@ -74,6 +102,11 @@ def skip_boundaries(network: nn.Module) -> dict[str, int]:
     """Layers that are given a skip connection joined to something else, and the channel at which the skip begins."""
     assert isinstance(network, UNet)
     return concat_boundaries(network.config)
+
+
+def split_weights(network: nn.Module) -> dict[str, int]:
+    """Weights whose input channels are those of two joined tensors, and at which channel the second begins."""
+    return {f"{layer}.weight": boundary for layer, boundary in skip_boundaries(network).items()}
 
 
 def normed_layers(network: nn.Module) -> list[tuple[str, str, str]]:

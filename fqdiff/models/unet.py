@@ -237,6 +237,23 @@ class UNet(nn.Module):
         return out
 
 
+class TemporalBlock(nn.Module):
+    """All of a network that depends on t alone: t [B] -> what every residual block adds for it, side by side [B, channels].
+
+    Its layers are the network's own. A sliced embedding has none.
+    """
+
+    def __init__(self, network: UNet) -> None:
+        super().__init__()
+        self.embedding = network.stem.time
+        found = (m.time for m in network.modules() if isinstance(m, ResBlock))
+        self.projections = nn.ModuleList(layer for layer in found if layer is not None)
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = self.embedding(t)
+        return torch.cat([projection(embedding) for projection in self.projections], dim=1)
+
+
 # What block reconstruction matches the output of: blocks with a shortcut and the head as a whole, else single layers.
 RECONSTRUCTED = (LearnedTimeEmbedding, ResBlock, Attention, Head, nn.Conv2d, nn.ConvTranspose2d)
 

@@ -5,7 +5,7 @@ Shapes: M parameters, F options, O output channels.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,7 +37,7 @@ class Ways:
     """What there is to choose from: ``formats``, each with every one of ``granularities`` and ``ranges`` that it can have.
 
     ``granularities`` as in a plan's settings, such as "channel" and "group-near:64"; ``scale``: what scales are stored in;
-    ``kept_shares``: of each tensor's elements, kept in float16.
+    ``kept_shares``: of each tensor's elements, kept in float16; ``boundaries``: where the granularity "split" splits, by name.
     """
 
     formats: tuple[str, ...]
@@ -46,6 +46,7 @@ class Ways:
     scale: str = "float32"
     rounding: str = NEAREST
     kept_shares: tuple[float, ...] = ()
+    boundaries: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def tensor_ways(name: str, tensor: Tensor, axis: int, ways: Ways) -> Iterator[tu
         yield from (((shape, get_format(f), PerTensor()), MIN_MAX) for f in FLOATS)
         return
     grains = list(
-        dict.fromkeys(granularities(wish, ways.scale, {name: (shape, axis)})[name] for wish in ways.granularities)
+        dict.fromkeys(
+            granularities(wish, ways.scale, {name: (shape, axis)}, ways.boundaries)[name] for wish in ways.granularities
+        )
     )
     for fmt in map(get_format, ways.formats):
         if fmt.is_cast:

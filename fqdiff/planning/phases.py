@@ -17,7 +17,7 @@ from torch import Tensor
 from fqdiff.configs import PlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, QuantizationError
-from fqdiff.models.registry import build, output_axes
+from fqdiff.models.registry import build, output_axes, split_weights
 from fqdiff.planning import budget
 from fqdiff.planning.candidates import Market, Option, Ways, predicted_value, tensor_ways
 from fqdiff.planning.knapsack import Array, total
@@ -65,10 +65,11 @@ def with_nested(
 ) -> Market:
     """The market of ``offer`` with integers of fewer bits in some phases, where no other option is better in every way."""
     spec, shapes = checkpoint.spec, {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
-    axes = output_axes(build(spec.architecture, "meta"))
+    network = build(spec.architecture, "meta")
+    axes = output_axes(network)
     schedule, count = spec.noise_schedule(), config.phases
     importance = [fisher_importance(table, config.timestep_weights, schedule, shapes, (k, count)) for k in range(count)]
-    offered, options = ways(config, bool(offer.weights)), {}
+    offered, options = ways(config, bool(offer.weights), split_weights(network)), {}
     with context.progress(len(shapes), "phases", "tensor") as bar:
         for name, tensor in checkpoint.tensors.items():
             options[name] = offer.market.options[name]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fqdiff.configs import FITTED, INTEGERS, RIVALS, PlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError
-from fqdiff.models.registry import build, output_axes, parameter_blocks
+from fqdiff.models.registry import build, output_axes, parameter_blocks, split_weights
 from fqdiff.planning import budget, rivals, scores
 from fqdiff.planning.calibration import Calibration, calibration_inputs, make_probe
 from fqdiff.planning.candidates import (
@@ -92,13 +92,14 @@ def make_offer(
         raise ConfigError(
             "a budget for output channels needs Fisher values of single weights", "fqdiff fisher --granularity weight"
         )
+    offered = ways(config, bool(weights), split_weights(network))
     timesteps = 0
     if config.score in RIVALS:
         inputs = calibration_inputs(checkpoint, dataset, table, config, seed)
         timesteps = len(inputs.t.unique())
         bench = rivals.Bench(checkpoint, inputs, config.calibration_samples, weights, seed, context)
     if config.score in rivals.VALUED:
-        options = rival_options(bench, axes, ways(config, bool(weights)), config.score)
+        options = rival_options(bench, axes, offered, config.score)
     else:
         if config.score == "hawq":
             importance = rivals.hawq_importance(bench)
@@ -108,7 +109,7 @@ def make_offer(
             importance = {name: torch.ones(1, dtype=torch.float64) for name in shapes}
         else:
             importance = measured
-        options = any_options(checkpoint.tensors, axes, config, importance, weights, context)
+        options = any_options(checkpoint.tensors, axes, offered, config.by_output, importance, weights, context)
     market = Market(model_description(checkpoint.spec), options)
     ends = {name: config.ends_format for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS}
     if config.ends_format:
@@ -122,15 +123,16 @@ def make_offer(
 def any_options(
     tensors: Mapping[str, Tensor],
     axes: Mapping[str, int],
-    config: PlanConfig,
+    offered: Ways,
+    by_output: bool,
     importance: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     context: Context,
 ) -> dict[str, tuple[Option, ...]]:
-    """Every option of the settings: a format for each tensor, or two for its output channels; of several ranges the best."""
-    every = every_option(tensors, axes, ways(config, bool(weights)), importance, weights, context)
+    """Every option that is ``offered``: a format for each tensor, or two for its output channels; of several ranges the best."""
+    every = every_option(tensors, axes, offered, importance, weights, context)
     best = {name: best_ranges(options) for name, options in every.items()}
-    if not config.by_output:
+    if not by_output:
         return best
     mixed = with_outputs(every, tensors, axes, importance, weights, context)
     return {name: (*options, *mixed[name]) for name, options in best.items()}
@@ -146,10 +148,11 @@ def rival_options(
     return {name: best_ranges(options) for name, options in rivals.VALUED[score](bench, every).items()}
 
 
-def ways(config: PlanConfig, single_weights: bool) -> Ways:
+def ways(config: PlanConfig, single_weights: bool, boundaries: Mapping[str, int]) -> Ways:
     """What the settings offer. Unless named, fitted formats and ranges only where single weights' Fisher values are known.
 
     Fitted to nothing but the weights, they predict less rise and cause more: what they cut off is cut off in one direction.
+    ``boundaries``: see :func:`fqdiff.quant.granularity.granularities`.
     """
     named = config.formats or ((*INTEGERS, *FITTED) if single_weights else INTEGERS)
     ranges = config.ranges or ((MIN_MAX, FISHER) if single_weights else (MIN_MAX,))
@@ -161,6 +164,7 @@ def ways(config: PlanConfig, single_weights: bool) -> Ways:
         config.scale,
         config.rounding,
         KEPT_SHARES if config.by_element else (),
+        boundaries,
     )
 
 

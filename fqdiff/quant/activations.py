@@ -4,7 +4,7 @@ Scales are a table of K equal intervals of t, as for biases by timestep, or are 
 Shapes: B batch, C channels, K intervals of timesteps, G scales of a site at one timestep.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,20 +179,48 @@ def add_activation_quantizers(
     if not activations:
         return
     check_activations(network, activations, num_train_timesteps, boundaries)
+    shapes = site_shapes(network, activations, boundaries)
+    quantizers = {site: ActivationQuantizer(a, *shapes[site]) for site, a in activations.items()}
+    add_quantizers(network, quantizers, interval_count(activations), num_train_timesteps)
+
+
+def interval_count(activations: Mapping[str, Activation]) -> int:
+    """How many intervals of timesteps have scales of their own."""
+    return next((len(a.scale) for a in activations.values() if a.scale is not None), 1)
+
+
+def site_shapes(
+    network: nn.Module, activations: Mapping[str, Activation], boundaries: Mapping[str, int]
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Of each site the axis that counts its channels, and how many neighbours of these share each scale."""
     sites = activation_sites(network)
     borders = site_boundaries(sites, boundaries)
-    intervals = next((len(a.scale) for a in activations.values() if a.scale is not None), 1)
+    return {
+        site: (site_axis(network, site), channel_parts(a.granularity, sites[site], borders.get(site)))
+        for site, a in activations.items()
+    }
+
+
+def add_quantizers(
+    network: nn.Module, quantizers: Mapping[str, nn.Module], intervals: int, num_train_timesteps: int
+) -> Callable[[Tensor], None]:
+    """From now on the tensor at each site is what its quantizer makes of it and of the interval of each sample.
+
+    The function returned tells the quantizers the timesteps [B] of a batch that a part of the network alone is to compute.
+    """
     current: list[Tensor] = []  # the interval of each sample of the batch on its way
 
-    def note_timesteps(module: nn.Module, arguments: tuple[Tensor, Tensor]) -> None:
-        current[:] = [interval_of(arguments[1], intervals, num_train_timesteps)]
+    def note(t: Tensor) -> None:
+        current[:] = [interval_of(t, intervals, num_train_timesteps)]
 
-    network.register_forward_pre_hook(note_timesteps)
-    for site, activation in activations.items():
-        parts = channel_parts(activation.granularity, sites[site], borders.get(site))
-        quantizer = ActivationQuantizer(activation, site_axis(network, site), parts)
+    def note_arguments(module: nn.Module, arguments: tuple[Tensor, Tensor]) -> None:
+        note(arguments[1])
+
+    network.register_forward_pre_hook(note_arguments)
+    for site, quantizer in quantizers.items():
         owner, _, own_name = ("", "", OUTPUT) if site == OUTPUT else site.rpartition(".")
         if site != OUTPUT and not is_operand(site):
             owner, own_name = site, "input"
         network.get_submodule(owner).add_module(f"{own_name}_quantizer", quantizer)
         tap(network, site, lambda x, quantizer=quantizer: quantizer(x, current[0]))  # type: ignore[misc]
+    return note

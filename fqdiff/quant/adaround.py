@@ -78,12 +78,20 @@ class LearnedRounding(nn.Module):
         self.register_buffer("down", (steps.floor() + zeros).clamp(0, fmt.qmax))
         self.register_buffer("up", (steps.ceil() + zeros).clamp(0, fmt.qmax))
         self.v = nn.Parameter(inverse_rectified_sigmoid(steps - steps.floor()))
-        stored = group_rows(self.stored_codes(), granularity)
-        if not ((stored == self.get_buffer("down")) | (stored == self.get_buffer("up"))).all():
+        stored = self.stored_codes()
+        if not torch.stack([stored == self._whole(self.get_buffer(way)) for way in ("down", "up")]).any(dim=0).all():
             raise LineageError(
                 f"the codes of {name} are not the checkpoint's weights rounded down or up",
                 "reconstruct what was only quantized: leave --distill out",
             )
+
+    @property
+    def weights(self) -> int:
+        """How many weights there are to round."""
+        return torch.Size(self.start.shape).numel()
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        return from_rows(rows, self.start.shape, self.granularity)
 
     def soft(self) -> Tensor:
         """h(V) [G, n]."""
@@ -92,7 +100,7 @@ class LearnedRounding(nn.Module):
     def forward(self) -> Tensor:
         down, up, zeros = self.get_buffer("down"), self.get_buffer("up"), self.get_buffer("zero_point")[:, None].float()
         rows = (down + self.soft() * (up - down) - zeros) * self.get_buffer("scale")[:, None]
-        return from_rows(rows, self.start.shape, self.granularity)
+        return self._whole(rows)
 
     def stored_codes(self) -> Tensor:
         """The codes that the tensor came with, uint8 in its shape."""
@@ -106,7 +114,7 @@ class LearnedRounding(nn.Module):
     def codes(self) -> Tensor:
         """The codes chosen, uint8 in the shape of the tensor: up where h is 1/2 or more, that is V >= 0."""
         rows = torch.where(self.v >= 0, self.get_buffer("up"), self.get_buffer("down"))
-        return from_rows(rows.to(torch.uint8), self.start.shape, self.granularity)
+        return self._whole(rows.to(torch.uint8))
 
     def values(self, codes: Tensor) -> Tensor:
         """What ``codes`` stand for, float32: to the bit what the file gives back."""

@@ -140,7 +140,25 @@ class PerGroup:
         return f"group:{self.group_size}:{self.axis}" + _suffix(self.scale_dtype)
 
 
-Granularity = PerTensor | PerChannel | PerGroup
+@dataclass(frozen=True)
+class PerSplit:
+    """Two scales and zero points for each slice along ``axis``: of the weights of its first ``boundary`` input channels, and of
+    the others.
+
+    For layers that are given two tensors joined along the channels (Q-Diffusion: Li et al. 2023, section 4.2). Input channels
+    are the first axis of a slice.
+    """
+
+    boundary: int
+    axis: int
+    scale_dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{SPLIT}:{self.boundary}:{self.axis}" + _suffix(self.scale_dtype)
+
+
+SPLIT = "split"
+Granularity = PerTensor | PerChannel | PerGroup | PerSplit
 
 
 @dataclass(frozen=True)
@@ -173,7 +191,9 @@ ELEMENT = "element"
 OUTPUT = "output"
 CASTS = tuple(f.name for f in FORMATS.values() if f.is_cast)
 TEXT = re.compile(
-    r"(tensor|channel:(?P<channel>\d)|group:(?P<size>[1-9]\d{0,8}):(?P<axis>\d))(?P<half>:float16)?", re.ASCII
+    r"(tensor|channel:(?P<channel>\d)|group:(?P<size>[1-9]\d{0,8}):(?P<axis>\d)|split:(?P<boundary>[1-9]\d{0,8}):(?P<of>\d))"
+    r"(?P<half>:float16)?",
+    re.ASCII,
 )
 WHOLE = "|".join(re.escape(name) for name in FORMATS)
 KEPT = re.compile(rf"{ELEMENT}:(?P<count>[1-9]\d{{0,12}}):(?P<high>{'|'.join(CASTS)})\+(?P<scales>.*)", re.ASCII)
@@ -190,10 +210,11 @@ def _suffix(scale_dtype: torch.dtype) -> str:
 
 
 def parse_granularity(text: str) -> Grain:
-    """``tensor``, ``channel:AXIS`` or ``group:SIZE:AXIS``, with ``:float16`` for scales in float16; the inverse of ``str``.
+    """``tensor``, ``channel:AXIS``, ``group:SIZE:AXIS`` or ``split:BOUNDARY:AXIS``, with ``:float16`` for scales in float16; the
+    inverse of ``str``.
 
-    ``element:COUNT:HIGH+`` before any of these: so many elements are kept in the cast HIGH. ``output:COUNT:HIGH+`` before the
-    last two: so many output channels are stored in the format HIGH.
+    ``element:COUNT:HIGH+`` before any of these: so many elements are kept in the cast HIGH. ``output:COUNT:HIGH+`` before
+    ``channel`` and ``group``: so many output channels are stored in the format HIGH.
     """
     kept = KEPT.fullmatch(text)
     if kept is not None:
@@ -201,9 +222,9 @@ def parse_granularity(text: str) -> Grain:
     outputs = OUTPUTS.fullmatch(text)
     if outputs is not None:
         scales = _parse_scales(outputs["scales"])
-        if isinstance(scales, PerTensor):
+        if not isinstance(scales, PerChannel | PerGroup):
             raise ConfigError(
-                f"output channels in two formats with one scale: '{text}'", "a scale per channel, or per group"
+                f"output channels in two formats with other scales: '{text}'", "a scale per channel, or per group"
             )
         return PerOutput(int(outputs["count"]), outputs["high"], scales)
     return _parse_scales(text)
@@ -213,9 +234,11 @@ def _parse_scales(text: str) -> Granularity:
     match = TEXT.fullmatch(text)
     if match is None:
         raise ConfigError(
-            f"unknown granularity '{text}'", "tensor, channel:AXIS or group:SIZE:AXIS, such as group:32:0:float16"
+            f"unknown granularity '{text}'", "tensor, channel:AXIS, group:SIZE:AXIS or split:BOUNDARY:AXIS"
         )
     scale_dtype = torch.float16 if match["half"] else torch.float32
     if match["size"]:
         return PerGroup(int(match["size"]), int(match["axis"]), scale_dtype)
+    if match["boundary"]:
+        return PerSplit(int(match["boundary"]), int(match["of"]), scale_dtype)
     return PerChannel(int(match["channel"]), scale_dtype) if match["channel"] else PerTensor(scale_dtype)

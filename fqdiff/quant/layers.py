@@ -53,7 +53,7 @@ def pack_layers(
         for name, fmt in known.items()
         if not fmt.is_cast
     }
-    grains = granularities(granularity, scale, axes)
+    grains = granularities(granularity, scale, axes, {})  # of a foreign network no joined skips are known
     packed = {n: pack_tensor(weights[n].detach(), fmt, grains.get(n, PerTensor())) for n, fmt in known.items()}
     replace_parameters(network, packed, cache)
     return packed

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from fqdiff.errors import QuantizationError
 from fqdiff.quant.codebooks import fit_codebook, looked_up, nearest_entry
-from fqdiff.quant.formats import Format, Grain, Granularity, PerElement, PerOutput, PerTensor, get_format, scales_of
+from fqdiff.quant.formats import (
+    Format,
+    Grain,
+    Granularity,
+    PerElement,
+    PerOutput,
+    PerSplit,
+    PerTensor,
+    get_format,
+    scales_of,
+)
 from fqdiff.quant.nested import bytes_read, interval_middles, plane_layout, split_codes
 from fqdiff.quant.outputs import (
     INDEX,
@@ -200,6 +210,8 @@ def _pack_with_kept(
 def _pack_by_codebook(x: Tensor, fmt: Format, granularity: Granularity, weight: Tensor | None) -> PackedTensor:
     check_finite(x)
     rows = group_rows(x, granularity)
+    if weight is None and isinstance(granularity, PerSplit):  # where rows may end in zeros that are no weights
+        weight = torch.ones_like(x)
     weights = None if weight is None else group_rows(weight, granularity)
     codebook = fit_codebook(rows, weights, 2 ** int(fmt.bits)).to(granularity.scale_dtype)
     if not torch.isfinite(codebook).all():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fqdiff.errors import QuantizationError
-from fqdiff.quant.formats import Format, Granularity, PerChannel, PerTensor
+from fqdiff.quant.formats import Format, Granularity, PerChannel, PerSplit, PerTensor
 
 LEAST_FLOAT16_SCALE = 2.0**-20  # below it float16, whose numbers are then 2^-24 apart, has less than 4 bits left
 
@@ -34,6 +34,9 @@ def group_count(shape: tuple[int, ...], granularity: Granularity) -> int:
     channels = shape[granularity.axis]
     if isinstance(granularity, PerChannel):
         return channels
+    if isinstance(granularity, PerSplit):
+        split_sizes(shape, granularity)
+        return 2 * channels
     weights, size = torch.Size(shape).numel() // channels, granularity.group_size
     if weights % size:
         raise QuantizationError(
@@ -41,6 +44,17 @@ def group_count(shape: tuple[int, ...], granularity: Granularity) -> int:
             f"sizes that do: {', '.join(map(str, nearest_sizes(weights, size)))}",
         )
     return channels * (weights // size)
+
+
+def split_sizes(shape: tuple[int, ...], granularity: PerSplit) -> tuple[int, int]:
+    """How many weights of an output channel are on either side. Raises QuantizationError where one has none."""
+    others = [n for axis, n in enumerate(shape) if axis != granularity.axis]
+    channels, boundary, kernel = others[0] if others else 0, granularity.boundary, torch.Size(others[1:]).numel()
+    if boundary >= channels:
+        raise QuantizationError(
+            f"a split at input channel {boundary} of a tensor of shape {shape}", f"it has {channels} of them"
+        )
+    return boundary * kernel, (channels - boundary) * kernel
 
 
 def nearest_sizes(weights: int, wanted: int, count: int = 6) -> list[int]:
@@ -51,11 +65,21 @@ def nearest_sizes(weights: int, wanted: int, count: int = 6) -> list[int]:
 
 
 def group_rows(x: Tensor, granularity: Granularity) -> Tensor:
-    """The weights that share a scale as the rows of a matrix [G, n]."""
+    """The weights that share a scale as the rows of a matrix [G, n].
+
+    Parts of unequal size end in zeros, which every range holds and which add to no error.
+    """
     groups = group_count(tuple(x.shape), granularity)
     if isinstance(granularity, PerTensor):
         return x.reshape(1, -1)
-    return x.movedim(granularity.axis, 0).reshape(groups, -1)
+    rows = x.movedim(granularity.axis, 0)
+    if isinstance(granularity, PerSplit):
+        sizes = split_sizes(tuple(x.shape), granularity)
+        padded = x.new_zeros(len(rows), 2, max(sizes))
+        for part, half in enumerate(rows.reshape(len(rows), -1).split(sizes, dim=1)):
+            padded[:, part, : half.shape[1]] = half
+        rows = padded
+    return rows.reshape(groups, -1)
 
 
 def from_rows(rows: Tensor, shape: tuple[int, ...], granularity: Granularity) -> Tensor:
@@ -64,7 +88,19 @@ def from_rows(rows: Tensor, shape: tuple[int, ...], granularity: Granularity) ->
         return rows.reshape(shape)
     axis = granularity.axis
     moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    if isinstance(granularity, PerSplit):
+        first, second = split_sizes(shape, granularity)
+        halves = rows.reshape(shape[axis], 2, -1)
+        rows = torch.cat([halves[:, 0, :first], halves[:, 1, :second]], dim=1)
     return rows.reshape(moved).movedim(0, axis).contiguous()
+
+
+def row_sizes(shape: tuple[int, ...], granularity: Granularity) -> Tensor:
+    """How many weights share each scale, int64 [G]."""
+    groups = group_count(shape, granularity)
+    if isinstance(granularity, PerSplit):
+        return torch.tensor(split_sizes(shape, granularity)).repeat(groups // 2)
+    return torch.full((groups,), torch.Size(shape).numel() // groups)
 
 
 def check_finite(x: Tensor) -> None:

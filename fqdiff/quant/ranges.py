@@ -21,6 +21,7 @@ from fqdiff.quant.qparams import (
     group_rows,
     quantize,
     range_qparams,
+    row_sizes,
 )
 
 SHRINKS = tuple(1 - 0.01 * step for step in range(80))
@@ -52,9 +53,13 @@ def fitted_qparams(
 def percentile_qparams(x: Tensor, fmt: Format, granularity: Granularity) -> QParams:
     """Parameters of the range that leaves a thousandth of each group's weights outside on either side."""
     check_finite(x)
-    ordered = group_rows(x, granularity).sort(dim=1).values
-    beyond = int((1 - PERCENTILE) * ordered.shape[1])
-    return range_qparams(ordered[:, beyond], ordered[:, -1 - beyond], fmt, granularity.scale_dtype)
+    rows = group_rows(x, granularity)
+    sizes = row_sizes(tuple(x.shape), granularity).to(x.device)
+    padding = torch.arange(rows.shape[1], device=x.device) >= sizes[:, None]
+    ordered = rows.masked_fill(padding, float("inf")).sort(dim=1).values
+    beyond = ((1 - PERCENTILE) * sizes.double()).long()
+    low, high = (ordered.gather(1, place[:, None])[:, 0] for place in (beyond, sizes - 1 - beyond))
+    return range_qparams(low, high, fmt, granularity.scale_dtype)
 
 
 def least_error_qparams(

@@ -3,7 +3,7 @@
 The intervals have equal width: t in [0, T) is in interval floor(t K / T). Shapes: B batch, O output channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,20 +43,26 @@ def check_tables(network: nn.Module, tables: Mapping[str, Tensor], num_train_tim
             raise QuantizationError(f"the timestep bias of '{name}' holds NaN or infinity")
 
 
-def add_timestep_bias(network: nn.Module, tables: Mapping[str, Tensor], num_train_timesteps: int) -> None:
+def add_timestep_bias(
+    network: nn.Module, tables: Mapping[str, Tensor], num_train_timesteps: int
+) -> Callable[[Tensor], None]:
     """From now on ``network(x, t)`` adds to each layer's output the row of its table that t calls for, sample by sample.
 
     ``tables`` are keyed by layer name. They become buffers, which move with the network, but are in no state dict: parameters
-    keep their names, and nothing else about the network changes.
+    keep their names, and nothing else about the network changes. The function returned tells the layers the timesteps [B] of a
+    batch that a part of the network alone is to compute.
     """
     if not tables:
-        return
+        return lambda t: None
     check_tables(network, tables, num_train_timesteps)
     intervals = len(next(iter(tables.values())))
     current: list[Tensor] = []  # the interval of each sample of the batch on its way
 
-    def note_timesteps(module: nn.Module, arguments: tuple[Tensor, Tensor]) -> None:
-        current[:] = [interval_of(arguments[1], intervals, num_train_timesteps)]
+    def note(t: Tensor) -> None:
+        current[:] = [interval_of(t, intervals, num_train_timesteps)]
+
+    def note_arguments(module: nn.Module, arguments: tuple[Tensor, Tensor]) -> None:
+        note(arguments[1])
 
     def add_bias(layer: nn.Module, arguments: object, output: Tensor) -> Tensor:
         rows = layer.get_buffer("timestep_bias")[current[0]].float()  # [B, O]
@@ -64,8 +70,9 @@ def add_timestep_bias(network: nn.Module, tables: Mapping[str, Tensor], num_trai
         shape[channel_axis(layer)] = rows.shape[1]
         return output + rows.view(shape)
 
-    network.register_forward_pre_hook(note_timesteps)
+    network.register_forward_pre_hook(note_arguments)
     for name, table in tables.items():
         layer = network.get_submodule(name)
         layer.register_buffer("timestep_bias", table, persistent=False)
         layer.register_forward_hook(add_bias)
+    return note

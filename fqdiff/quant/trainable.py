@@ -19,18 +19,7 @@ from fqdiff.quant.outputs import separated, together
 from fqdiff.quant.packed import PackedTensor, join_outputs, separate_outputs, unpack_tensor
 from fqdiff.quant.packing import pack, unpack
 from fqdiff.quant.qparams import QParams, fixed_zero_point, from_rows, group_rows, quantize
-
-
-class _Rounded(torch.autograd.Function):
-    """``rounded``, with the gradient of ``x``. x + (rounded - x) would differ from it in the last digit."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+from fqdiff.quant.straight_through import straight_through
 
 
 class _Looked(torch.autograd.Function):
@@ -55,8 +44,7 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` float32 as ``dtype`` stores it, in float32, with the gradient of ``x``."""
     if dtype == torch.float32:
         return x
-    found: Tensor = _Rounded.apply(x, x.detach().to(dtype).float())  # type: ignore[no-untyped-call]
-    return found
+    return straight_through(x, x.detach().to(dtype).float())
 
 
 class TrainableTensor(nn.Module):
@@ -121,7 +109,7 @@ class TrainableTensor(nn.Module):
             else:
                 inside = torch.minimum(torch.maximum(self.weight / scale, -zero_point), fmt.qmax - zero_point)
                 codes = inside.detach().round()
-            rows = _Rounded.apply(inside, codes) * scale  # type: ignore[no-untyped-call]
+            rows = straight_through(inside, codes) * scale
         return from_rows(rows, self.start.shape, self.granularity)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from fqdiff.calibration.ranges import activation_range
 from fqdiff.configs import ActivationConfig
 from fqdiff.context import Context
 from fqdiff.errors import LineageError
-from fqdiff.models.registry import build, first_layer, skip_boundaries
+from fqdiff.models.registry import build, first_layer, skip_boundaries, temporal_layers
 from fqdiff.quant.activation_formats import ActivationFormat, get_activation_format, softmax_format
 from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_parts, site_boundaries
 from fqdiff.quant.activations import Activation
@@ -86,6 +86,8 @@ def planned_activations(spec: ModelSpec, config: ActivationConfig) -> dict[str, 
     sites = activation_sites(network)
     borders = site_boundaries(sites, skip_boundaries(network)) if config.split_skips else {}
     formats = {first_layer(network): config.first, OUTPUT: config.last}
+    if not config.temporal:
+        formats |= dict.fromkeys(temporal_layers(network), "")
     found: dict[str, Activation] = {}
     for site in sites:
         softmax = site.endswith(".softmax")

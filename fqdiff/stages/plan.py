@@ -15,7 +15,7 @@ from fqdiff.configs import PlanConfig, PluginPlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
-from fqdiff.models.registry import build, output_axes, parameter_blocks
+from fqdiff.models.registry import build, output_axes, parameter_blocks, split_weights
 from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import find_measured, make_offer, make_plan
 from fqdiff.planning.plugins import chosen_formats, find_plugin
@@ -27,6 +27,7 @@ from fqdiff.quant.formats import (
     Grain,
     PerChannel,
     PerElement,
+    PerGroup,
     PerOutput,
     PerTensor,
     get_format,
@@ -116,13 +117,13 @@ def plan(
 
     decisions = {name: decide(name, shape, values, rules, formats) for name, shape in shapes.items()}
     scaled = {name: (shapes[name], axes[name]) for name, (fmt, *_) in decisions.items() if not fmt.is_cast}
-    grains = granularities(scales, config.scale, scaled)
+    grains = granularities(scales, config.scale, scaled, split_weights(network))
     entries = []
     for name, (chosen, kept, thresholds, rule) in decisions.items():
         granularity: Grain = grains.get(name, PerTensor())
         if kept and config.by_output:
             channels = scales_of(granularity)
-            shared = PerChannel(axes[name]) if isinstance(channels, PerTensor) else channels
+            shared = channels if isinstance(channels, PerChannel | PerGroup) else PerChannel(axes[name])
             granularity = PerOutput(kept, formats[0].name, shared)
         elif kept:
             granularity = PerElement(kept, formats[0].name, scales_of(granularity))
@@ -180,7 +181,7 @@ def plan_by_plugin(
         if formats[name].phase_bits:
             raise ConfigError(f"strategy {plugin.words} chose '{fmt}' for '{name}'", "phases belong to a budget")
     scaled = {n: (tuple(weights[n].shape), axes[n]) for n, fmt in formats.items() if not fmt.is_cast}
-    grains = granularities(config.granularity, config.scale, scaled)
+    grains = granularities(config.granularity, config.scale, scaled, split_weights(network))
     entries = []
     for name, tensor in checkpoint.tensors.items():
         chosen, granularity = formats.get(name, float32), grains.get(name, PerTensor())

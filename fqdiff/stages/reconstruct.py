@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fqdiff.calibration.inputs import CalibrationInputs
 from fqdiff.calibration.reconstruct import reconstruct
+from fqdiff.calibration.temporal_block import reconstruct_temporal
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
@@ -27,6 +28,33 @@ def reconstruct_blocks(
     activations quantized, or its biases corrected by timestep for the rounding it has; ConfigError for phases, for kept elements
     and where no weight is an integer; NumericalError on NaN.
     """
+    inputs = checked_inputs(checkpoint, model, calibration)
+    return replace(model, packed=reconstruct(checkpoint, model, inputs, config, seed, context))
+
+
+def reconstruct_temporal_first(
+    checkpoint: Checkpoint,
+    model: QuantizedCheckpoint,
+    calibration: CalibrationSet | None,
+    config: ReconstructConfig,
+    seed: int,
+    context: Context,
+) -> QuantizedCheckpoint:
+    """:func:`reconstruct_blocks`, but the layers that depend on t alone are reconstructed before all others, as one block.
+
+    Raises ConfigError also where there are none.
+    """
+    inputs = checked_inputs(checkpoint, model, calibration)
+    temporal, seconds = reconstruct_temporal(checkpoint, model, config, seed, context)
+    begun = replace(model, packed={**model.packed, **temporal})
+    left = replace(config, minutes=max(config.minutes - seconds / 60, 1e-3)) if config.minutes else config
+    return replace(begun, packed=reconstruct(checkpoint, begun, inputs, left, seed, context, temporal.keys()))
+
+
+def checked_inputs(
+    checkpoint: Checkpoint, model: QuantizedCheckpoint, calibration: CalibrationSet | None
+) -> CalibrationInputs:
+    """What to reconstruct on. Raises what :func:`reconstruct_blocks` says of its arguments."""
     if calibration is None:
         raise LineageError("a reconstruction without a calibration set", "fqdiff calibrate")
     if {name: p.shape for name, p in model.packed.items()} != {
@@ -48,5 +76,4 @@ def reconstruct_blocks(
         )
     if not any(can_learn_rounding(p.format, p.granularity) for p in stored):
         raise ConfigError("no weight of this model is an integer, so that there is no rounding to learn", "e.g. int4")
-    inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
-    return replace(model, packed=reconstruct(checkpoint, model, inputs, config, seed, context))
+    return CalibrationInputs(calibration.x_t.float(), calibration.t)
