@@ -6,7 +6,7 @@ import typer
 
 from fqdiff.cli.compare_text import comparison_text
 from fqdiff.cli.fid import FEATURES_HELP, InceptionOption, ancestor, choose_features
-from fqdiff.cli.quantize import planned_step
+from fqdiff.cli.quantize_steps import planned_step
 from fqdiff.cli.sample import SAMPLER_HELP, sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data

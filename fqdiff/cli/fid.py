@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.quantize import planned_step
+from fqdiff.cli.quantize_steps import planned_step
 from fqdiff.cli.sample import sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
