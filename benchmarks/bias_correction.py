@@ -1,8 +1,12 @@
 """What bias correction brings: models of the same plan with none, static and by timestep, against full precision.
 
-    python benchmarks/bias_correction.py int4 int3 int2 bpw3 bpw2.5
+    fqdiff import pretrained:mnist-small --name mnist-small
+    fqdiff fisher mnist-small --kind trajectory --samples 64 --granularity weight --bins 1 --name runs
+    fqdiff plan mnist-small --uniform int4 --name int4      # likewise int3 and int2
+    fqdiff plan runs --target-bpw 3 --name budget3          # likewise 2.5
+    python benchmarks/bias_correction.py int4 int3 int2 budget3 budget2.5 --images 128
 
-Names are those of plans in the store. The noise error is 1/2 mean |eps_q - eps|^2, summed over pixels, on held-out images at 20
+Names are those of plans in the store; budgets' plans were fitted to single weights. The noise error is 1/2 mean |eps_q - eps|^2, summed over pixels, on held-out images at 20
 timesteps (5 each), averaged over all timesteps; the noise shift is the root of the mean square, over timesteps, of the mean of
 eps_q - eps. The image error is the mean squared difference between pixels (in [-1, 1]) of final images of DDIM-25 from the same
 noise, with the standard error of its paired difference to no correction; the image shift is the mean difference.
@@ -71,9 +75,12 @@ def rows(runner: Runner, plans: list[str], images: int, seed: int) -> Iterator[l
         bench = benches.get(checkpoint.id) or Bench(runner, checkpoint, images, seed)
         benches[checkpoint.id] = bench
         plain = torch.zeros(images)
+        given = plan.input("fisher")
+        table = None if given is None else runner.store.find("fisher", given.id)
+        fitted = {} if table is None else {"fisher": table}
         for correction in BIAS_CORRECTIONS:
             config = QuantizeConfig(correction)
-            made = runner.run(Step("quantize", {"checkpoint": checkpoint, "plan": plan}, config))
+            made = runner.run(Step("quantize", {"checkpoint": checkpoint, "plan": plan, **fitted}, config))
             error, shift, squares, image_shift = bench.measure(runner.load(made))
             plain = squares if correction == "none" else plain
             change = squares - plain
