@@ -6,10 +6,11 @@
     fqdiff plan runs --target-bpw 3 --name budget3          # likewise 2.5
     python benchmarks/bias_correction.py int4 int3 int2 budget3 budget2.5 --images 128
 
-Names are those of plans in the store; budgets' plans were fitted to single weights. The noise error is 1/2 mean |eps_q - eps|^2, summed over pixels, on held-out images at 20
-timesteps (5 each), averaged over all timesteps; the noise shift is the root of the mean square, over timesteps, of the mean of
-eps_q - eps. The image error is the mean squared difference between pixels (in [-1, 1]) of final images of DDIM-25 from the same
-noise, with the standard error of its paired difference to no correction; the image shift is the mean difference.
+Names are those of plans in the store; budgets' plans were fitted to single weights. The noise error is 1/2 mean
+|eps_q - eps|^2, summed over pixels, on held-out images at 20 timesteps (5 each), averaged over all timesteps; the
+noise shift is the root of the mean square, over timesteps, of the mean of eps_q - eps. The image error is the mean
+squared difference between pixels (in [-1, 1]) of final images of DDIM-25 from the same noise, with the standard error
+of its paired difference to no correction; the image shift is the mean difference.
 """
 
 import argparse
