@@ -46,6 +46,8 @@ GRAINS = "tensor,channel,group-near:64"
 INTEGERS = ("float32", "float16", "int8", "int6", "int5", "int4", "int3", "int2", "ternary")
 WHOLE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}  # one format a tensor
 FREE: dict[str, Any] = {"granularity": f"{GRAINS},output", "scale": "float16"}
+TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", "codebook2", "ternary", "codebook1")
+TINY_BELOW = 1.75  # bits per weight, for which no plan without one-bit codes is small enough
 DISTILL = 1000
 # name -> (which table, settings of the plan, steps of distillation)
 STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -176,6 +178,8 @@ def ours(
 ) -> Made | None:
     """The model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
     role, settings, steps = STRATEGIES[name]
+    if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
+        settings = {**settings, "formats": TINY}
     table, config = tables[role], PlanConfig("budget", **target, **settings)
     inputs = {"checkpoint": checkpoint, "fisher": table}
     if settings["score"] in RIVALS or settings.get("predictor") == "gram":
