@@ -51,8 +51,8 @@ TINY_BELOW = 1.75  # bits per weight, for which no plan without one-bit codes is
 DISTILL = 1000
 # name -> (which table, settings of the plan, steps of distillation)
 STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "trajectory, distilled": ("runs", {"score": "trajectory", **FREE}, DISTILL),
     "trajectory": ("runs", {"score": "trajectory", **FREE}, 0),
+    "trajectory, distilled": ("runs", {"score": "trajectory", **FREE}, DISTILL),
     "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}, 0),
     "fisher": ("loss", {"score": "fisher", **FREE}, 0),
     "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}, 0),
