@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fqdiff.configs import (
+    OUTPUT,
     ClassifierConfig,
     CompareConfig,
     FidConfig,
@@ -86,6 +87,8 @@ def make_chain(
 
     rows = [row("FP32", None, checkpoint, full)]
     for label, config in PLANS.items():
+        if fisher.granularity != "weight":
+            config = without_outputs(config)
         inputs = (
             {"checkpoint": checkpoint} if config.strategy == "uniform" else {"checkpoint": checkpoint, "fisher": table}
         )
@@ -100,6 +103,11 @@ def make_chain(
     other = Step("sample", {"model": checkpoint}, sample, seed + 1)
     floor = row("FP32, other noise", None, checkpoint, other)
     return Chain(dataset, checkpoint, table, classifier, tuple(rows), floor)
+
+
+def without_outputs(config: PlanConfig) -> PlanConfig:
+    """``config`` with one format for each tensor: for a Fisher table without single weights, which tells no channels apart."""
+    return replace(config, granularity=",".join(g for g in config.granularity.split(",") if g != OUTPUT))
 
 
 def comparison_step(

@@ -25,7 +25,7 @@ from fqdiff.quant.adaround import (
     rectified_sigmoid,
     rounding_penalty,
 )
-from fqdiff.quant.formats import PerChannel, PerElement, PerGroup, PerTensor, get_format
+from fqdiff.quant.formats import PerChannel, PerElement, PerGroup, PerOutput, PerTensor, get_format
 from fqdiff.quant.packed import PackedTensor, check_layout, pack_tensor, unpack_tensor
 from fqdiff.quant.packing import unpack
 from fqdiff.quant.qparams import group_rows
@@ -432,9 +432,9 @@ def test_what_cannot_be_reconstructed_is_refused_by_name(
     tensor = checkpoint.tensors[name]
     phased = pack_tensor(tensor, get_format("int3:3/2"), PerChannel(0))
     refused(replace(stored, packed={**stored.packed, name: phased}), calibration, ConfigError, "phases")
-    kept = PerElement(2, "float16", PerChannel(0))
-    elements = pack_tensor(tensor, get_format("int3"), kept, kept=torch.tensor([0, 3]))
-    refused(replace(stored, packed={**stored.packed, name: elements}), calibration, ConfigError, "kept elements")
+    for kept in (PerElement(2, "float16", PerChannel(0)), PerOutput(2, "int8", PerChannel(0))):
+        mixed = pack_tensor(tensor, get_format("int3"), kept, kept=torch.tensor([0, 3]))
+        refused(replace(stored, packed={**stored.packed, name: mixed}), calibration, ConfigError, "two formats")
     fewer = {n: p for n, p in stored.packed.items() if n != name}
     refused(replace(stored, packed=fewer), calibration, LineageError, "not of this checkpoint")
     plain = {n: pack_tensor(t, get_format("float16"), PerTensor()) for n, t in checkpoint.tensors.items()}
