@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqdiff.cli.plan_budget import budget_defaults
+from fqdiff.cli.plan_budget import block_rows, budget_defaults
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, FqdiffError, LineageError, QuantizationError
@@ -284,6 +284,30 @@ def test_what_a_plan_predicts_is_what_its_tensors_do_and_less_than_without(
     assert mixed > 5
     save_plan(made, tmp_path)
     assert load_plan(tmp_path) == made
+
+
+def test_a_plan_tells_how_many_weights_go_to_each_format(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    """Against the stored tensors: rejects counts that know one format for a tensor of two."""
+    made = plan(checkpoint, weight_table, None, PlanConfig(target_bpw=6.0, **FREE), 0, Context())
+    packed = carried_out(checkpoint, made, weight_table).packed
+    counts: dict[str, int] = {}
+    for entry in made.entries:
+        own = packed[entry.parameter]
+        parts = separate_outputs(own)[:2] if isinstance(own.granularity, PerOutput) else (own,)
+        found = {p.format.name: int(np.prod(p.shape)) for p in parts}
+        assert entry.weights_by_format == found
+        assert entry.code_bits == pytest.approx(
+            sum(p.format.bits * np.prod(p.shape) for p in parts) / np.prod(entry.shape)
+        )
+        assert entry.format_label == "+".join(p.format.name for p in parts)
+        for name, count in found.items():
+            counts[name] = counts.get(name, 0) + count
+    shown: dict[str, int] = {}
+    for row in block_rows(made):
+        assert isinstance(row["formats"], dict)
+        for name, count in row["formats"].items():
+            shown[name] = shown.get(name, 0) + count
+    assert shown == counts
 
 
 def test_every_share_is_offered_where_it_is_worth_its_bytes(checkpoint: Checkpoint, weight_table: FisherTable) -> None:

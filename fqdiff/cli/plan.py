@@ -24,7 +24,7 @@ from fqdiff.errors import ArtifactNotFound, ConfigError
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
-    from fqdiff.values import Plan, PlanEntry
+    from fqdiff.values import Plan
 
 READS_FISHER = {"at", "low", "high", "ladder", "ladder_step"}
 ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"}
@@ -436,7 +436,7 @@ def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:
         entries = [e for e in value.entries if e.block == block]
         tensors = [e for e in entries if len(e.shape) >= 2]
         lowered = {name: [e for e in tensors if e.format == name] for name in lower}
-        weights = {name: sum(prod(e.shape) - kept_elements(e) for e in each) for name, each in lowered.items()}
+        weights = {name: sum(e.weights_by_format[name] for e in each) for name, each in lowered.items()}
         rows.append(
             {
                 "block": block,
@@ -450,16 +450,6 @@ def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:
             }
         )
     return rows
-
-
-def kept_elements(entry: "PlanEntry") -> int:
-    """How many elements stay in another format than their tensor."""
-    from fqdiff.quant.formats import PerElement, PerOutput, parse_granularity
-
-    granularity = parse_granularity(entry.granularity)
-    if isinstance(granularity, PerOutput):
-        return granularity.count * prod(entry.shape) // entry.shape[granularity.scales.axis]
-    return granularity.count if isinstance(granularity, PerElement) else 0
 
 
 def plan_text(
@@ -487,7 +477,7 @@ def plan_text(
         rest = "biases and norms stay float32" + (
             "" if value.strategy == "uniform" else f", all other weights are {high}"
         )
-    kept = sum(map(kept_elements, value.entries))
+    kept = sum(prod(e.shape) - e.weights_by_format[e.format] for e in value.entries)
     if kept:
         rest += f"; {kept:,} single elements stay {high}"
     rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)

@@ -219,8 +219,9 @@ def block_rows(value: "Plan") -> list[dict[str, object]]:
         entries = [e for e in value.entries if e.block == block]
         formats: dict[str, int] = {}
         for e in entries:
-            stored = base_format(e.format)
-            formats[stored] = formats.get(stored, 0) + prod(e.shape)
+            for name, count in e.weights_by_format.items():
+                stored = base_format(name)
+                formats[stored] = formats.get(stored, 0) + count
         rows.append(
             {
                 "block": block,
@@ -238,7 +239,8 @@ def block_rows(value: "Plan") -> list[dict[str, object]]:
 def budget_text(manifest: "Manifest", value: "Plan") -> str:
     """The table of :func:`block_rows` for people, and how good the plan is known to be."""
     considered = dict.fromkeys(base_format(a.format) for e in value.entries for a in e.alternatives)
-    used = [f for f in considered if any(base_format(e.format) == f for e in value.entries)]
+    stored = {base_format(name) for e in value.entries for name in e.weights_by_format}
+    used = [*(f for f in considered if f in stored), *sorted(stored - considered.keys())]
     cells = []
     for row in block_rows(value):
         formats, weights, size = row["formats"], row["weights"], row["bytes_planned"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
-from fqdiff.quant.formats import Mixed, PerElement, parse_granularity
+from fqdiff.quant.formats import Mixed, PerElement, PerOutput, get_format, parse_granularity
 from fqdiff.quant.ranges import FISHER
 
 
@@ -44,6 +44,30 @@ class PlanEntry:
     predicted: float | None = None
     constraint: str | None = None
     alternatives: tuple[Alternative, ...] = ()
+
+    @property
+    def weights_by_format(self) -> dict[str, int]:
+        """How many weights are stored in each format: in two, where elements are kept or output channels differ."""
+        numel, granularity = torch.Size(self.shape).numel(), parse_granularity(self.granularity)
+        if isinstance(granularity, PerOutput):
+            other = granularity.count * numel // self.shape[granularity.scales.axis]
+        elif isinstance(granularity, PerElement):
+            other = granularity.count
+        else:
+            return {self.format: numel}
+        return {granularity.high: other, self.format: numel - other}
+
+    @property
+    def code_bits(self) -> float:
+        """Bits per weight of the codes alone."""
+        counts = self.weights_by_format
+        return sum(get_format(name).bits * count for name, count in counts.items()) / sum(counts.values())
+
+    @property
+    def format_label(self) -> str:
+        """The format, or both of output channels in two: ``int3+int8``."""
+        granularity = parse_granularity(self.granularity)
+        return f"{self.format}+{granularity.high}" if isinstance(granularity, PerOutput) else self.format
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fqdiff.quant.formats import get_format
 from fqdiff.values import Plan
 from fqdiff.viz.figures import (
     Array,
@@ -38,11 +37,11 @@ def bits_and_fisher(plan: Plan, artifact: str) -> Figure:
     height = rows_height(len(rows))
     figure = new_figure(10, height, artifact)
     left, right = figure.subplots(1, 2, sharey=True)
-    bits = [get_format(row.format).bits for row in rows]
+    bits = [row.code_bits for row in rows]
     left.barh(places, bits, color=colours, height=0.75)
     for place, row, width in zip(places, rows, bits, strict=True):
         left.annotate(
-            plain(row.format), (width, float(place)), (3, 0), textcoords="offset points", va="center", fontsize=7
+            plain(row.format_label), (width, float(place)), (3, 0), textcoords="offset points", va="center", fontsize=7
         )
     left.set_xscale("log", base=2)
     ticks = [1, 2, 4, 8, 16, 32]
@@ -73,13 +72,15 @@ def plans_and_fisher(plans: Mapping[str, Plan], fisher: Mapping[str, float], art
     height = rows_height(len(names))
     figure = new_figure(10, height, artifact)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    formats = [[get_format(of[name].format) for of in entries] for name in names]
-    bits = np.array([[fmt.bits for fmt in row] for row in formats])
+    cells = [[of[name] for of in entries] for name in names]
+    bits = np.array([[entry.code_bits for entry in row] for row in cells])
     left.imshow(np.log2(bits), cmap="Blues", vmin=-1, vmax=7, aspect="auto", interpolation="nearest")
     size = min(7.0, 0.8 * row_points(len(names), height), 80 / len(plans))
-    for row, chosen in enumerate(formats):
-        for column, fmt in enumerate(chosen):
-            cell = left.text(column, row, plain(fmt.name, 12), ha="center", va="center", fontsize=size, color=ON_BLUE)
+    for row, chosen in enumerate(cells):
+        for column, entry in enumerate(chosen):
+            cell = left.text(
+                column, row, plain(entry.format_label, 12), ha="center", va="center", fontsize=size, color=ON_BLUE
+            )
             cell.set_in_layout(False)  # it lies inside, and to measure hundreds takes time
     crowded = len(plans) > 5
     slanted = {"rotation": 35, "ha": "left"} if crowded else {}
