@@ -403,7 +403,7 @@ def quantize(
     rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
     quantized = rounded is not weights
     asked = temporal_scales if temporal_scales is not None else ((bundle.temporal_scales and quantized) or None)
-    timed = temporal_step(session, chosen, rounded, calibration, asked, of_time)
+    timed = temporal_step(session, rounded, asked, of_time)
     asked = learn_steps if learn_steps is not None else ((bundle.learn_steps and quantized) or None)
     learned = learned_steps_step(session, chosen, timed, calibration, asked, of_steps)
     step = correction_step(session, chosen, learned, calibration, corrected, intervals=noise_intervals)

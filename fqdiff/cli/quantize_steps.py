@@ -48,11 +48,20 @@ def quantize_step(
     return Step("quantize", inputs, config, seed)
 
 
+def calibrated(
+    session: Session, plan_manifest: "Manifest", model: "Step", calibration: str | None
+) -> "dict[str, Step | Manifest]":
+    """Inputs of a step that looks at ``model`` on the set ``calibration``, else on the latest of the plan's checkpoint."""
+    checkpoint = only_input(session, plan_manifest, "checkpoint")
+    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
+    return {"checkpoint": checkpoint, "model": model, "calibration": chosen}
+
+
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
     weights = reconstruct_step(session, plan_manifest, quantize_step(session, plan_manifest))
     rounded = activations_step(session, plan_manifest, weights)
-    learned = learned_steps_step(session, plan_manifest, temporal_step(session, plan_manifest, rounded))
+    learned = learned_steps_step(session, plan_manifest, temporal_step(session, rounded))
     return correction_step(session, plan_manifest, learned, None, CORRECTION in session.tables())
 
 
@@ -86,13 +95,7 @@ def reconstruct_step(
             raise ConfigError(f"{what} before their rounding is learned", f"leave --{name.replace('_', '-')} out")
     stage = RECONSTRUCT[temporal_first if temporal_first is not None else "reconstruct-temporal" in tables]
     config = session.settings(tables[0] if tables else stage, ReconstructConfig, {}, **(flags or {}))
-    checkpoint = only_input(session, plan_manifest, "checkpoint")
-    inputs: dict[str, Step | Manifest] = {
-        "checkpoint": checkpoint,
-        "model": weights,
-        "calibration": of_checkpoint(session, "calibration", checkpoint.id, calibration),
-    }
-    return Step(stage, inputs, config, session.seed)
+    return Step(stage, calibrated(session, plan_manifest, weights, calibration), config, session.seed)
 
 
 def activations_step(
@@ -155,17 +158,12 @@ def learned_steps_step(
     if model.stage == "activations" and model.config.dynamic:
         raise ConfigError("dynamic activations have no steps to learn", "leave --learn-steps or --dynamic out")
     config = session.settings(STEPS, StepsConfig, {}, **(flags or {}))
-    checkpoint = only_input(session, plan_manifest, "checkpoint")
-    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
-    inputs: dict[str, Step | Manifest] = {"checkpoint": checkpoint, "model": model, "calibration": chosen}
-    return Step(STEPS, inputs, config, session.seed)
+    return Step(STEPS, calibrated(session, plan_manifest, model, calibration), config, session.seed)
 
 
 def temporal_step(
     session: Session,
-    plan_manifest: "Manifest",
     model: "Step",
-    calibration: str | None = None,
     asked: bool | None = None,
     flags: "Mapping[str, object] | None" = None,
 ) -> "Step":
@@ -224,7 +222,5 @@ def correction_step(
         if flags.get("intervals") is not None:
             raise ConfigError("noise intervals of a prediction that stays as it is", "add --noise-correction")
         return model
-    checkpoint = only_input(session, plan_manifest, "checkpoint")
-    chosen = of_checkpoint(session, "calibration", checkpoint.id, calibration)
-    inputs: dict[str, Step | Manifest] = {"checkpoint": checkpoint, "model": model, "calibration": chosen}
-    return Step(CORRECTION, inputs, session.settings(CORRECTION, NoiseCorrectionConfig, {}, **flags))
+    config = session.settings(CORRECTION, NoiseCorrectionConfig, {}, **flags)
+    return Step(CORRECTION, calibrated(session, plan_manifest, model, calibration), config)
