@@ -20,7 +20,16 @@ from fqdiff.memory import peak_bytes
 from fqdiff.stages import sample as module
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.stages.sample import HEADROOM, LARGEST_BATCH, batch_bytes, batch_that_fits, sample, sample_shard, units
+from fqdiff.stages.sample import (
+    HEADROOM,
+    KERNELS,
+    LARGEST_BATCH,
+    batch_bytes,
+    batch_that_fits,
+    sample,
+    sample_shard,
+    units,
+)
 from fqdiff.store.parts import StoredParts, unfinished
 from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint
@@ -195,8 +204,9 @@ def test_what_few_images_take_bounds_what_many_do(checkpoint: Checkpoint, sample
 
 
 def test_the_batch_is_what_fits(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``held`` stands for the peak, which here does not grow by the images that are tried: they come on top."""
     held = 100 * 2**20
-    monkeypatch.setattr(module, "peak_memory", lambda: held)
+    monkeypatch.setattr(module, "peak_so_far", lambda device: held)
     network, spec = checkpoint.network(), checkpoint.spec
     with torch.inference_mode():
         one, three, eight = (batch_bytes(network, spec, SMALL, torch.device("cpu"), n) for n in (1, 3, 8))
@@ -204,11 +214,11 @@ def test_the_batch_is_what_fits(checkpoint: Checkpoint, monkeypatch: pytest.Monk
         def batch(limit: int) -> int:
             return batch_that_fits(network, spec, SMALL, Context(max_memory=limit))
 
-        assert batch(0) == batch(held + 1000 * one) == LARGEST_BATCH
-        assert batch(held + one) == 1
-        assert batch(held + 3 * one) == 3 * (3 * one) // three
-        assert batch(held + 5 * eight) == 40
-        assert batch(held + 5 * eight - 1) == 39
+        assert batch(0) == batch(held + KERNELS + 1000 * one) == LARGEST_BATCH
+        assert batch(held + one) == batch(held + KERNELS) == batch(held + KERNELS + one - 1) == 1
+        assert batch(held + KERNELS + 3 * one) == 3 + 3 * (3 * one) // three
+        assert batch(held + KERNELS + 5 * eight) == 8 + 40
+        assert batch(held + KERNELS + 5 * eight - 1) == 8 + 39
         with pytest.raises(ConfigError, match=f"one image needs about {(held + one) / 2**20:.0f} MiB"):
             batch(held + one - 1)
 
@@ -216,8 +226,15 @@ def test_the_batch_is_what_fits(checkpoint: Checkpoint, monkeypatch: pytest.Monk
 def test_a_batch_made_small_by_memory_changes_no_image(
     checkpoint: Checkpoint, whole: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "peak_memory", lambda: 0)
-    monkeypatch.setattr(module, "batch_bytes", lambda *given: 1000 * given[-1])
+    tried = [0]
+
+    def took(*given: object) -> int:
+        tried.append(1000 * int(str(given[-1])))
+        return tried[-1]
+
+    monkeypatch.setattr(module, "peak_so_far", lambda device: max(tried))
+    monkeypatch.setattr(module, "KERNELS", 0)
+    monkeypatch.setattr(module, "batch_bytes", took)
     seen = making(monkeypatch)
     assert torch.equal(sample(checkpoint, SMALL, 0, Context(max_memory=4999)).images, whole)
     assert [len(ks) for ks in seen] == [4, 4, 3]

@@ -26,6 +26,7 @@ UNIT_IMAGES = 50
 LARGEST_BATCH = 100  # of what the stage chooses itself; a CPU gains nothing from more
 PROBE = 8  # images of a batch whose memory is measured
 HEADROOM = 2.0  # of allocators, and of what kernels take inside: a process grows by 1.55 times what tensors take
+KERNELS = 6 * 2**20  # bytes that compiled kernels and their scratch take, once, for a batch of another size than any before
 
 
 @dataclass(frozen=True)
@@ -138,18 +139,26 @@ def batch_that_fits(network: nn.Module, spec: ModelSpec, config: SampleConfig, c
 
     On CUDA the limit is that of the tensors on the device. A batch of B takes the largest of a + b B over the
     operations of a run, a >= 0, such as weights unpacked for a layer: for each image the less, the more there are. What n
-    images take, n <= B, thus bounds it. Raises ConfigError where not even one image fits.
+    images take, n <= B, thus bounds it. These n have been run here: what they took is in the peak. Raises ConfigError where
+    not even one image fits.
     """
     if not context.max_memory:
         return LARGEST_BATCH
     batch_bytes(network, spec, config, context.device, 1)  # weights that are unpacked once are there from here on
     one = batch_bytes(network, spec, config, context.device, 1)
-    held = torch.cuda.memory_allocated(context.device) if context.device.type == "cuda" else peak_memory()
+    held = peak_so_far(context.device)
     free = context.max_memory - held
     if free < one:
         raise ConfigError(f"one image needs about {(held + one) / 2**20:.0f} MiB", "raise --max-memory")
-    few = min(PROBE, free // one)
-    return min(LARGEST_BATCH, few * free // batch_bytes(network, spec, config, context.device, few))
+    few = min(PROBE, max(1, (free - KERNELS) // one))
+    these = batch_bytes(network, spec, config, context.device, few)
+    left = context.max_memory - KERNELS - peak_so_far(context.device)
+    return min(LARGEST_BATCH, few + max(0, few * left // these))
+
+
+def peak_so_far(device: torch.device) -> int:
+    """The most bytes that this process ever took, on CUDA those of its tensors there."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def batch_bytes(network: nn.Module, spec: ModelSpec, config: SampleConfig, device: torch.device, batch: int) -> int:
