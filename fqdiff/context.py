@@ -97,6 +97,27 @@ class Context:
     save_interval: float = field(default_factory=lambda: float(os.environ.get("FQDIFF_SAVE_INTERVAL", "30")))
     soft_stop: Callable[[], AbstractContextManager[Callable[[], bool]]] = never_stop
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            compute_in_full_float32()
+
+    @property
+    def evidence_device(self) -> torch.device:
+        """Where statistics in float64 are computed: on CUDA, else on the CPU, since MPS has no float64."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+
+def compute_in_full_float32() -> None:
+    """From now on float32 on CUDA is float32, and an algorithm of one input gives one result.
+
+    By default torch lets convolutions round their inputs to TF32, whose fraction has ten bits, as float16's: every model would be
+    sampled as if its weights had been cast, and what a cast costs could not be measured.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes; 0 where the system does not say."""

@@ -40,6 +40,7 @@ from fqdiff.stages.quantize import quantize
 from fqdiff.store.codecs import load_quantized, save_quantized
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint, predict_noise
 from tests.test_cli import call, good
+from tests.test_reconstruct import as_measured
 
 FEW = StepsConfig(iterations=6, batch=8, inputs=24)
 EVEN = ("int8", "int4", "int4sym", "uint4")
@@ -166,12 +167,12 @@ def test_the_step_learned_is_near_the_best_of_a_fine_grid() -> None:
     errors = {}
     for s in np.geomspace(0.05, 2, 120):
         quantizer.settle(torch.tensor([[float(s)]]))
-        errors[s] = output_error(layer, data, t, note, everything, torch.device("cpu"))
+        errors[s] = output_error(layer, data, t, note, everything)
     quantizer.settle(torch.tensor([[2.0]]))
     config = StepsConfig(iterations=400, rate=0.02)
     learned = learn_block(layer, {"x": quantizer}, data, t, note, config, generator(0, "draw"))
     quantizer.settle(learned.steps["x"])
-    found = output_error(layer, data, t, note, everything, torch.device("cpu"))
+    found = output_error(layer, data, t, note, everything)
     assert found < 1.15 * min(errors.values()) < 0.1 * errors[max(errors)]
     assert learned.errors[0] == 1
     assert min(learned.errors) < 0.1
@@ -195,7 +196,7 @@ def test_nan_is_refused_and_an_exact_block_is_left() -> None:
         learn_block(layer, {"x": quantizer}, broken, t, note, FEW, generator(0, "d"))
     told: list[str] = []
     with torch.no_grad():
-        exact = BlockData(data.arguments, layer(data.arguments[0]))
+        exact = as_measured(data, layer)
     learned = learn_block(
         layer, {"x": quantizer}, exact, t, note, FEW, generator(0, "d"), lambda n, text: told.append(text)
     )

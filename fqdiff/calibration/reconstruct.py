@@ -43,14 +43,15 @@ DECIDED = 0.001  # the share of undecided weights below which the error can fall
 
 @dataclass(frozen=True)
 class BlockData:
-    """``arguments`` of the block, each [N, ...], and the output of full precision, ``target`` [N, ...], on the CPU."""
+    """``arguments`` of the block, each [N, ...], and the output of full precision, ``target`` [N, ...], where it computes."""
 
     arguments: tuple[Tensor, ...]
     target: Tensor
 
-    def rows(self, index: Tensor, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    def rows(self, index: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Arguments and target of some inputs."""
-        return tuple(a[index].to(device) for a in self.arguments), self.target[index].to(device)
+        index = index.to(self.target.device)
+        return tuple(a[index] for a in self.arguments), self.target[index]
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def _arguments(network: nn.Module, block: str, inputs: CalibrationInputs, device
     seen: list[tuple[Tensor, ...]] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.append(tuple(a.cpu() for a in arguments))
+        seen.append(arguments)
         raise _Reached
 
     # First of all hooks: the tensor that the block is given, not what a quantizer at its door makes of it.
@@ -185,7 +186,7 @@ def _output(network: nn.Module, block: str, inputs: CalibrationInputs, device: t
     seen: list[Tensor] = []
 
     def see(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append(output.cpu())
+        seen.append(output)
         raise _Reached
 
     handle = network.get_submodule(block).register_forward_hook(see)
@@ -224,14 +225,13 @@ def learn_block(
     time.monotonic) before its end it goes by the clock, and is complete by then. ``tell`` is told how many steps are done, and
     how it stands; all of the schedule in the end. Raises NumericalError on NaN.
     """
-    device = next(iter(roundings.values())).v.device
     held = torch.arange(len(data.target)) % HELD_OUT == 0
     trained, held_out = (~held).nonzero().flatten(), held.nonzero().flatten()
     if not len(trained):
         raise ConfigError("one calibration input is too few to reconstruct on", "record more: fqdiff calibrate")
 
     def measure(codes: Mapping[str, Tensor]) -> float:
-        return hard_error(block, {name: r.values(codes[name]) for name, r in roundings.items()}, data, held_out, device)
+        return hard_error(block, {name: r.values(codes[name]) for name, r in roundings.items()}, data, held_out)
 
     best: Mapping[str, Tensor] = {name: r.stored_codes() for name, r in roundings.items()}
     stored = measure(best)
@@ -247,7 +247,7 @@ def learn_block(
     while progress < 1:
         beta = annealed_beta(progress)
         rows = trained[torch.randint(len(trained), (config.batch,), generator=draw)]
-        loss = block_loss(block, roundings, *data.rows(rows, device), stored, beta)
+        loss = block_loss(block, roundings, *data.rows(rows), stored, beta)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -298,12 +298,10 @@ def undecided(roundings: Mapping[str, LearnedRounding]) -> float:
 
 
 @torch.no_grad()
-def hard_error(
-    block: nn.Module, values: Mapping[str, Tensor], data: BlockData, index: Tensor, device: torch.device
-) -> float:
+def hard_error(block: nn.Module, values: Mapping[str, Tensor], data: BlockData, index: Tensor) -> float:
     """Mean squared error of what ``block`` puts out with ``values`` as parameters, over the inputs of ``index``."""
     total = 0.0
     for rows in index.split(CHUNK):
-        arguments, target = data.rows(rows, device)
+        arguments, target = data.rows(rows)
         total += float((functional_call(block, dict(values), arguments) - target).double().square().sum())
     return total / (len(index) * data.target[0].numel())

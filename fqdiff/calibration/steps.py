@@ -157,13 +157,12 @@ def learn_block(
     Adam, its rate falling to 0 by half a cosine. ``tell`` is told how many steps of the schedule are done, and how it stands.
     Raises ConfigError for a single input, NumericalError on NaN.
     """
-    device = next(iter(quantizers.values())).ratio.device
     held = torch.arange(len(t)) % HELD_OUT == 0
     trained, held_out = (~held).nonzero().flatten(), held.nonzero().flatten()
     if not len(trained):
         raise ConfigError("one calibration input is too few to learn steps on", "record more: fqdiff calibrate")
     best = {site: q.steps().detach().clone() for site, q in quantizers.items()}
-    first = output_error(block, data, t, note, held_out, device)
+    first = output_error(block, data, t, note, held_out)
     if not math.isfinite(first):
         raise NumericalError("outputs of a block hold NaN or infinity", "check the checkpoint and its calibration set")
     if first == 0:
@@ -175,8 +174,8 @@ def learn_block(
     for step in range(config.iterations):
         optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / config.iterations)) / 2
         rows = trained[torch.randint(len(trained), (config.batch,), generator=draw)]
-        arguments, target = data.rows(rows, device)
-        note(t[rows].to(device))
+        arguments, target = data.rows(rows)
+        note(t[rows].to(data.target.device))
         with torch.enable_grad():
             loss = (block(*arguments) - target).square().mean() / first
             optimizer.zero_grad(set_to_none=True)
@@ -185,20 +184,18 @@ def learn_block(
         tell(1, f"error x {lowest:.3f}")
         if (step + 1) % every and step + 1 < config.iterations:
             continue
-        errors.append(output_error(block, data, t, note, held_out, device) / first)
+        errors.append(output_error(block, data, t, note, held_out) / first)
         if errors[-1] < lowest:
             best, lowest = {site: q.steps().detach().clone() for site, q in quantizers.items()}, errors[-1]
     return LearnedBlock(best, tuple(errors))
 
 
 @torch.no_grad()
-def output_error(
-    block: nn.Module, data: BlockData, t: Tensor, note: Note, index: Tensor, device: torch.device
-) -> float:
+def output_error(block: nn.Module, data: BlockData, t: Tensor, note: Note, index: Tensor) -> float:
     """Mean squared error of what ``block`` puts out over the inputs of ``index``."""
     total = 0.0
     for rows in index.split(CHUNK):
-        arguments, target = data.rows(rows, device)
-        note(t[rows].to(device))
+        arguments, target = data.rows(rows)
+        note(t[rows].to(data.target.device))
         total += float((block(*arguments) - target).double().square().sum())
     return total / (len(index) * data.target[0].numel())

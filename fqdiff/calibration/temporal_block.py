@@ -57,7 +57,7 @@ def reconstruct_temporal(
             t = torch.arange(model.spec.noise_schedule().num_train_timesteps)
             full, _ = temporal_block(checkpoint.network())
             with torch.no_grad():
-                data = BlockData((t,), full(t))
+                data = BlockData((t.to(device),), full(t).to(device))
             share = 60 * config.minutes / (1 + len(reconstruction_blocks(network))) if config.minutes else math.inf
             draw = generator(seed, "reconstruct", NAME)
 

@@ -93,7 +93,7 @@ def paired_metrics(one: ImageSet, baseline: ImageSet) -> dict[str, Resampled]:
         "ssim": ssim(one.images, baseline.images),
         "feature_distance": feature_distance(one.features, baseline.features),
     }
-    return {name: Resampled(float(v.mean()), mean_draws(v, one.counts)) for name, v in values.items()}
+    return {name: Resampled(float(v.mean()), mean_draws(v, one.counts).cpu()) for name, v in values.items()}
 
 
 def kernel_metrics(real: ImageSet, sets: Sequence[ImageSet], tick: Callable[[int], None]) -> list[Resampled]:
@@ -123,7 +123,7 @@ def _after_whole(counts: Tensor) -> Tensor:
 
 
 def _resampled(draws: Tensor) -> Resampled:
-    return Resampled(float(draws[0]), draws[1:])
+    return Resampled(float(draws[0]), draws[1:].cpu())
 
 
 def measures(results: Results, level: float) -> tuple[Measure, ...]:

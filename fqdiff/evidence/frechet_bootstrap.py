@@ -26,7 +26,7 @@ def resampled_moments(features: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]
     weights = counts.double()
     mean = weights @ columns.T / n
     rows, others = torch.triu_indices(d, d)
-    second = torch.empty(len(weights), d, d, dtype=torch.float64)
+    second = torch.empty(len(weights), d, d, dtype=torch.float64, device=weights.device)
     for part in torch.arange(len(rows)).split(PRODUCTS):
         a, b = rows[part], others[part]
         second[:, a, b] = second[:, b, a] = weights @ (columns[a] * columns[b]).T
@@ -61,13 +61,16 @@ def _by_moments_is_cheaper(reference: Tensor) -> bool:
 
 
 def _by_moments(reference: Tensor, reference_counts: Tensor, sets: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """As :func:`frechet_draws`: tr (S_a S_b)^(1/2) from the eigenvalues of S_a^(1/2) S_b S_a^(1/2)."""
-    mean, covariance = resampled_moments(reference, reference_counts)
+    """As :func:`frechet_draws`: tr (S_a S_b)^(1/2) from the eigenvalues of S_a^(1/2) S_b S_a^(1/2).
+
+    On the CPU, wherever the features are: other devices take small eigenproblems one after the other.
+    """
+    mean, covariance = (m.cpu() for m in resampled_moments(reference, reference_counts))
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
     distances = []
     for features, counts in sets:
-        other, spread = resampled_moments(features, counts)
+        other, spread = (m.cpu() for m in resampled_moments(features, counts))
         cross = torch.linalg.eigvalsh(root @ spread @ root).clamp(min=0).sqrt().sum(dim=1)
         traces = (covariance + spread).diagonal(dim1=1, dim2=2).sum(dim=1)
         distances.append(((mean - other).square().sum(dim=1) + traces - 2 * cross).clamp(min=0))

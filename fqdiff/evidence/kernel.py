@@ -66,7 +66,7 @@ def _within(x: Tensor, counts: Tensor) -> Tensor:
     """Mean kernel over ordered pairs of different images as ``counts`` [R, N] draws them; [R]."""
     x, weights = x.double(), counts.double()
     squares = weights.square()
-    total = torch.zeros(len(weights), dtype=torch.float64)
+    total = torch.zeros_like(weights[:, 0])
     for part in torch.arange(len(x)).split(ROWS):
         total += (weights[:, part] @ polynomial_kernel(x[part], x) * weights).sum(dim=1)
     own = (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
@@ -77,7 +77,7 @@ def _within(x: Tensor, counts: Tensor) -> Tensor:
 def _between(x: Tensor, counts: Tensor, y: Tensor, other: Tensor) -> Tensor:
     """Mean kernel over pairs of one image of each set; [R]."""
     x, y, left, right = x.double(), y.double(), counts.double(), other.double()
-    total = torch.zeros(len(left), dtype=torch.float64)
+    total = torch.zeros_like(left[:, 0])
     for part in torch.arange(len(x)).split(ROWS):
         total += (left[:, part] @ polynomial_kernel(x[part], y) * right).sum(dim=1)
     pairs: Tensor = total / (left.sum(dim=1) * right.sum(dim=1))

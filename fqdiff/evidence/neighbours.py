@@ -58,8 +58,8 @@ def manifold_draws(real: Tensor, real_counts: Tensor, fake: Tensor, fake_counts:
     # Sums of small whole numbers: exact in float32, which multiplies twice as fast.
     w_real, w_fake = real_counts.float(), fake_counts.float()
     drawn = fake_counts.double()
-    balls_hit = torch.zeros(len(w_real), m)
-    density, recall, coverage = (torch.zeros(len(w_real), dtype=torch.float64) for _ in range(3))
+    balls_hit = torch.zeros_like(w_fake)
+    density, recall, coverage = (torch.zeros_like(drawn[:, 0]) for _ in range(3))
     for part in torch.arange(n).split(ROWS):
         d = distances(real[part], fake)
         weights = real_counts[:, part].double()

@@ -36,7 +36,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     smaller than that have the largest odd window that fits.
     """
     side = min(WINDOW, *(n - 1 + n % 2 for n in a.shape[2:]))
-    place = torch.arange(side, dtype=torch.float64) - side // 2
+    place = torch.arange(side, dtype=torch.float64, device=a.device) - side // 2
     line = (-place.square() / (2 * SIGMA**2)).exp()
     line = line / line.sum()
 

@@ -65,8 +65,10 @@ def compare(
     with context.progress(1 + 4 * len(samples), "compare", "step") as bar:
 
         def described(role: str, images: torch.Tensor, counts: torch.Tensor) -> ImageSet:
-            probabilities = network.probabilities(images) if network.probabilities else None
-            found = ImageSet(images, network.extract(images), probabilities, counts)
+            place = context.evidence_device
+            probabilities = network.probabilities(images).to(place) if network.probabilities else None
+            extracted = network.extract(images).to(place)
+            found = ImageSet(images.to(place), extracted, probabilities, counts.to(place))
             if not torch.isfinite(found.features).all():
                 raise NumericalError(f"features of {role} hold NaN or infinity", "look at the images they come from")
             bar.update()

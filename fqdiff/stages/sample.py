@@ -24,9 +24,13 @@ from fqdiff.values import Model, ModelSpec, SampleSet, error_std, predict_noise
 
 UNIT_IMAGES = 50
 LARGEST_BATCH = 100  # of what the stage chooses itself; a CPU gains nothing from more
+LARGEST_ON_CUDA = 1000  # there as many as this, if they fit into
+FREE_SHARE = 0.5  # of the memory that is free on the device
 PROBE = 8  # images of a batch whose memory is measured
 HEADROOM = 2.0  # of allocators, and of what kernels take inside: a process grows by 1.55 times what tensors take
-KERNELS = 6 * 2**20  # bytes that compiled kernels and their scratch take, once, for a batch of another size than any before
+KERNELS = (
+    6 * 2**20
+)  # bytes that compiled kernels and their scratch take, once, for a batch of another size than any before
 
 
 @dataclass(frozen=True)
@@ -137,23 +141,27 @@ def gather(spec: ModelSpec, cut: Sequence[Unit], parts: Parts) -> Tensor:
 def batch_that_fits(network: nn.Module, spec: ModelSpec, config: SampleConfig, context: Context) -> int:
     """LARGEST_BATCH, or as many images as keep the process below ``context.max_memory``.
 
-    On CUDA the limit is that of the tensors on the device. A batch of B takes the largest of a + b B over the
-    operations of a run, a >= 0, such as weights unpacked for a layer: for each image the less, the more there are. What n
-    images take, n <= B, thus bounds it. These n have been run here: what they took is in the peak. Raises ConfigError where
-    not even one image fits.
+    On CUDA the limit is that of the tensors on the device; without one, a share of what is free there. A batch of B takes the
+    largest of a + b B over the operations of a run, a >= 0, such as weights unpacked for a layer: for each image the less, the
+    more there are. What n images take, n <= B, thus bounds it. These n have been run here: what they took is in the peak.
+    Raises ConfigError where not even one image fits.
     """
-    if not context.max_memory:
-        return LARGEST_BATCH
+    on_cuda = context.device.type == "cuda"
+    limit, largest = context.max_memory, LARGEST_ON_CUDA if on_cuda else LARGEST_BATCH
+    if on_cuda and not limit:
+        limit = peak_so_far(context.device) + int(FREE_SHARE * torch.cuda.mem_get_info(context.device)[0])
+    if not limit:
+        return largest
     batch_bytes(network, spec, config, context.device, 1)  # weights that are unpacked once are there from here on
     one = batch_bytes(network, spec, config, context.device, 1)
     held = peak_so_far(context.device)
-    free = context.max_memory - held
+    free = limit - held
     if free < one:
         raise ConfigError(f"one image needs about {(held + one) / 2**20:.0f} MiB", "raise --max-memory")
     few = min(PROBE, max(1, (free - KERNELS) // one))
     these = batch_bytes(network, spec, config, context.device, few)
-    left = context.max_memory - KERNELS - peak_so_far(context.device)
-    return min(LARGEST_BATCH, few + max(0, few * left // these))
+    left = limit - KERNELS - peak_so_far(context.device)
+    return min(largest, few + max(0, few * left // these))
 
 
 def peak_so_far(device: torch.device) -> int:
