@@ -39,7 +39,6 @@ from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint, ClassifierWeights, Dataset, SampleSet
 
-CPU = torch.device("cpu")
 TIMESTEPS, SAMPLES = 20, 5  # held-out inputs of the noise error
 RESAMPLES = 1000
 GRAINS = "tensor,channel,group-near:64"
@@ -49,29 +48,27 @@ FREE: dict[str, Any] = {"granularity": f"{GRAINS},output", "scale": "float16"}
 TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", "codebook2", "ternary", "codebook1")
 TINY_BELOW = 1.75  # bits per weight, for which no plan without one-bit codes is small enough
 DISTILL = 1000
-# name -> (which table, settings of the plan, steps of distillation)
-STRATEGIES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "trajectory": ("runs", {"score": "trajectory", **FREE}, 0),
-    "trajectory, distilled": ("runs", {"score": "trajectory", **FREE}, DISTILL),
-    "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}, 0),
-    "fisher": ("loss", {"score": "fisher", **FREE}, 0),
-    "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}, 0),
-    "fisher, gram": ("loss", {"score": "fisher", "predictor": "gram", **WHOLE}, 0),
-    "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}, 0),
+SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, settings of the plan)
+    "trajectory": ("runs", {"score": "trajectory", **FREE}),
+    "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}),
+    "fisher": ("loss", {"score": "fisher", **FREE}),
+    "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}),
+    "fisher, gram": ("loss", {"score": "fisher", "predictor": "gram", **WHOLE}),
+    "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}),
     "fisher, int by channel": (
         "loss",
         {"score": "fisher", "scale": "float16", "formats": INTEGERS, "ranges": ("min-max",)},
-        0,
     ),
-    "hawq": ("loss", {"score": "hawq", **FREE}, 0),
-    "modelopt": ("loss", {"score": "modelopt", **WHOLE}, 0),
-    "autoround": ("loss", {"score": "autoround", **WHOLE}, 0),
-    "weight error": ("loss", {"score": "weight-mse", **FREE}, 0),
-    "random": ("loss", {"score": "random", **FREE}, 0),
-    "reverse": ("loss", {"score": "reverse", **FREE}, 0),
-    "one width": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, 0),
-    "one width, distilled": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}, DISTILL),
+    "hawq": ("loss", {"score": "hawq", **FREE}),
+    "modelopt": ("loss", {"score": "modelopt", **WHOLE}),
+    "autoround": ("loss", {"score": "autoround", **WHOLE}),
+    "weight error": ("loss", {"score": "weight-mse", **FREE}),
+    "random": ("loss", {"score": "random", **FREE}),
+    "reverse": ("loss", {"score": "reverse", **FREE}),
+    "one width": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}),
 }
+DISTILLED = ", distilled"  # kept elements cannot be
+STRATEGIES = [*SCORES, *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name)]
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,16 @@ class Row:
 class Judge:
     """Compares networks with the full-precision one on the same inputs and from the same noise."""
 
-    def __init__(self, checkpoint: Checkpoint, held_out: Tensor, images: int, steps: int) -> None:
-        self.checkpoint, self.steps, self.images = checkpoint, steps, images
+    def __init__(self, checkpoint: Checkpoint, held_out: Tensor, images: int, steps: int, context: Context) -> None:
+        self.checkpoint, self.steps, self.images, self.context = checkpoint, steps, images, context
         timesteps, self.weights = graded_timesteps(checkpoint.spec.noise_schedule().num_train_timesteps, TIMESTEPS)
         self.inputs: Inputs = draw_inputs(held_out, checkpoint.spec, timesteps, self.weights, SAMPLES, 0, "budget")
-        network = checkpoint.network()
-        self.reference = outputs(network, self.inputs, CPU)
+        self.reference = self.outputs(checkpoint)
         self.residual = residual(self.inputs, self.reference)
+
+    def outputs(self, model: Any) -> Tensor:
+        """What ``model`` predicts for the held-out inputs, float64."""
+        return outputs(model.network().to(self.context.device), self.inputs, self.context.device)
 
     @cached_property
     def baseline_samples(self) -> SampleSet:
@@ -125,7 +125,7 @@ class Judge:
 
     def samples(self, model: Any, seed: int) -> SampleSet:
         """Images from the noise of ``seed``."""
-        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, Context())
+        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, self.context)
 
     def sampled(self, model: Any, seed: int) -> Tensor:
         """The same in [-1, 1], float64."""
@@ -133,7 +133,7 @@ class Judge:
 
     def noise_error(self, model: Any) -> float:
         """1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs and timesteps."""
-        delta = outputs(model.network(), self.inputs, CPU) - self.reference
+        delta = self.outputs(model) - self.reference
         error, _, _ = rises(delta, self.residual, SAMPLES)
         return float((error * self.weights).sum())
 
@@ -147,7 +147,7 @@ class Judge:
         images = to_unit_range(samples.images).double()
         # Of other noise there are no pairs; the stage would refuse it.
         beside = replace(samples, seed=self.baseline_samples.seed)
-        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, Context())
+        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, self.context)
         assert found.difference is not None
         assert found.interval is not None
         return Row(
@@ -177,7 +177,8 @@ def ours(
     runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], target: dict[str, Any], name: str
 ) -> Made | None:
     """The model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
-    role, settings, steps = STRATEGIES[name]
+    role, settings = SCORES[name.removesuffix(DISTILLED)]
+    steps = DISTILL if name.endswith(DISTILLED) else 0
     if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
         settings = {**settings, "formats": TINY}
     table, config = tables[role], PlanConfig("budget", **target, **settings)
@@ -232,13 +233,15 @@ def main() -> None:
     parser.add_argument("--strategies", default="/".join(STRATEGIES), help="separated by slashes; empty for none")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument(
         "--output", type=Path, default=Path("budget.json"), help="keep rows here, and measure none twice"
     )
     options = parser.parse_args()
 
     store = Store(options.store)
-    runner = Runner(store, Context())
+    context = Context(torch.device(options.device))
+    runner = Runner(store, context)
     manifest = store.resolve(options.checkpoint, ("checkpoint",))
     checkpoint: Checkpoint = runner.load(manifest)
     tables = {
@@ -252,7 +255,7 @@ def main() -> None:
     dataset: Dataset = runner.load(found)
     network = runner.run(Step("classifier", {"dataset": found}, ClassifierConfig()))
     features: ClassifierWeights = runner.load(network)
-    judge = Judge(checkpoint, dataset.reference, options.images, options.steps)
+    judge = Judge(checkpoint, dataset.reference, options.images, options.steps, context)
     parameters = sum(t.numel() for t in checkpoint.tensors.values())
     facts = {
         "checkpoint": manifest.id,
