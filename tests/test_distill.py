@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fqdiff.calibration.distill import RUN_STEPS, Pool, Walkers, begin, distill, distill_step, restore, snapshot
+from fqdiff.calibration.distill import (
+    RUN_STEPS,
+    Pool,
+    Walkers,
+    begin,
+    distill,
+    distill_step,
+    learner,
+    restore,
+    snapshot,
+)
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.diffusion.samplers import ddim_update
@@ -188,10 +198,10 @@ def test_a_step_takes_the_velocity_error_of_inputs_drawn_from_all_of_the_pool_an
     state = begin(checkpoint, packed, FEW, seed, torch.device("cpu"))
     for where in torch.arange(len(state.pool.t)).split(FEW.distill_batch):
         state.pool.put(where, state.walkers, predict_noise(spec, teacher), schedule, seed)
-    places = []
+    places, learn = [], learner(state, teacher, spec)
     for step in range(5):
         before = deepcopy(state.pool)
-        distill_step(state, teacher, predict_noise(spec, teacher), spec, FEW, seed)
+        distill_step(state, learn, predict_noise(spec, teacher), schedule, FEW, seed)
         gone = (state.pool.x != before.x).flatten(1).any(dim=1).nonzero().flatten()
         assert len(gone) == FEW.distill_batch
         places.append(gone)

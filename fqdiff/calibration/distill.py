@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fqdiff.calibration.repeated import Repeated
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context, Part
 from fqdiff.diffusion.samplers import PredictNoise, ddim_update
-from fqdiff.diffusion.schedule import NoiseSchedule
+from fqdiff.diffusion.schedule import NoiseSchedule, noise_from_output, signal_and_noise_scale
 from fqdiff.errors import ConfigError, NumericalError
 from fqdiff.quant.packed import PackedTensor
 from fqdiff.quant.trainable import Trainable, rows_of, trainable
@@ -140,6 +141,7 @@ def distill(
         return predict_noise(spec, teacher)(x.to(device), t.to(device)).cpu()
 
     state = begin(checkpoint, packed, config, seed, device)
+    learn = learner(state, teacher, spec)
     saved = context.parts.load("distill")
     if saved is not None:
         restore(state, saved)
@@ -152,7 +154,7 @@ def distill(
     with context.progress(config.distill, "distill", "step") as bar, context.soft_stop() as stop_requested:
         bar.update(len(state.losses))
         while len(state.losses) < config.distill:
-            distill_step(state, teacher, predict, spec, config, seed)
+            distill_step(state, learn, predict, schedule, config, seed)
             bar.update()
             recent = state.losses[-50:]
             bar.show(f"velocity error {sum(recent) / len(recent):.4f}")
@@ -180,40 +182,62 @@ def begin(
         groups.append({"params": [module.weight], "lr": rate * (GRID_RATE if module.start.format.is_cast else 1.0)})
         if module.grid is not None:
             groups.append({"params": [module.grid], "lr": rate * GRID_RATE})
+    on_cuda = device.type == "cuda"
     for group in groups:
         group["first"] = group["lr"]
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
+        if on_cuda:  # a graph reads the rate where it is
+            group["lr"] = torch.tensor(group["lr"], device=device)
+    optimizer = torch.optim.Adam(groups, betas=BETAS, capturable=on_cuda)
     count = config.distill_batch
     walkers, pool = Walkers.begin(checkpoint.spec, count, seed), Pool.empty(checkpoint.spec, POOL_STEPS * count)
     return Distillation(tensors, optimizer, walkers, pool)
 
 
-def distill_step(
-    state: Distillation, teacher: nn.Module, predict: PredictNoise, spec: ModelSpec, config: QuantizeConfig, seed: int
-) -> None:
-    """One optimizer step on inputs of the pool, which new ones replace. Rates fall to 0 by half a cosine."""
-    pool, device = state.pool, next(teacher.parameters()).device
-    draw = generator(seed, "distill batch", len(state.losses))
-    chosen = torch.randperm(len(pool.t), generator=draw)[: config.distill_batch]
-    x = pool.x[chosen].to(device, memory_format=torch.channels_last)
-    abar = pool.abar[chosen, None, None, None].to(device)
+def learner(state: Distillation, teacher: nn.Module, spec: ModelSpec) -> Repeated:
+    """One step of the optimizer on x, t, eps, abar and the scales of signal and noise of B inputs; returns the loss."""
 
     def student(x: Tensor, t: Tensor) -> Tensor:
         found: Tensor = functional_call(teacher, {name: module() for name, module in state.tensors.items()}, (x, t))
         return found
 
-    with torch.enable_grad():
-        error = predict_noise(spec, student)(x, pool.t[chosen].to(device)) - pool.eps[chosen].to(device)
-        loss = 0.5 * (error.square() / abar.clamp(min=LEAST_ABAR)).sum() / len(chosen)
-    if not math.isfinite(loss.item()):
-        raise NumericalError(f"the velocity error is {loss.item()} at step {len(state.losses)}", "lower --distill-rate")
+    def learn(x: Tensor, t: Tensor, eps: Tensor, abar: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        state.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            error = noise_from_output(spec.prediction, x, student(x, t), (signal, noise)) - eps
+            loss: Tensor = 0.5 * (error.square() / abar.clamp(min=LEAST_ABAR)).sum() / len(x)
+            loss.backward()
+        state.optimizer.step()
+        return loss
+
+    return Repeated(learn, next(teacher.parameters()).device)
+
+
+def distill_step(
+    state: Distillation,
+    learn: Repeated,
+    predict: PredictNoise,
+    schedule: NoiseSchedule,
+    config: QuantizeConfig,
+    seed: int,
+) -> None:
+    """One optimizer step on inputs of the pool, which new ones replace. Rates fall to 0 by half a cosine."""
+    pool, device = state.pool, learn.device
+    draw = generator(seed, "distill batch", len(state.losses))
+    chosen = torch.randperm(len(pool.t), generator=draw)[: config.distill_batch]
+    x, t = pool.x[chosen].to(device, memory_format=torch.channels_last), pool.t[chosen]
+    signal, noise = signal_and_noise_scale(schedule, t, x)
     for group in state.optimizer.param_groups:
-        group["lr"] = group["first"] * 0.5 * (1 + math.cos(math.pi * len(state.losses) / config.distill))
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    state.optimizer.step()
-    state.losses.append(loss.item())
-    pool.put(chosen, state.walkers, predict, spec.noise_schedule(), seed)
+        rate = group["first"] * 0.5 * (1 + math.cos(math.pi * len(state.losses) / config.distill))
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    inputs = (t.to(device), pool.eps[chosen].to(device), pool.abar[chosen, None, None, None].to(device), signal, noise)
+    loss = learn(x, *inputs).item()
+    if not math.isfinite(loss):
+        raise NumericalError(f"the velocity error is {loss} at step {len(state.losses)}", "lower --distill-rate")
+    state.losses.append(loss)
+    pool.put(chosen, state.walkers, predict, schedule, seed)
 
 
 def snapshot(state: Distillation) -> Part:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
+from fqdiff.calibration.repeated import Repeated
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Bar, Context, Part
 from fqdiff.errors import ConfigError, NumericalError
@@ -240,17 +241,28 @@ def learn_block(
     if stored == 0:
         tell(config.iterations, "exact")
         return Learned(best, (0.0,))
-    optimizer = torch.optim.Adam([r.v for r in roundings.values()], lr=config.rate)
+    device = data.target.device
+    parameters = [r.v for r in roundings.values()]
+    optimizer = torch.optim.Adam(parameters, lr=config.rate, capturable=device.type == "cuda")
+
+    def learn(rows: Tensor, beta: Tensor | float | None = None) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = block_loss(block, roundings, *data.rows(rows), stored, beta)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    warm_up, decide = Repeated(learn, device), Repeated(learn, device)
     every, started = math.ceil(config.iterations / CHECKS), time.monotonic()
     errors, lowest = [1.0], 1.0
     step, progress = 0, 0.0
     while progress < 1:
         beta = annealed_beta(progress)
         rows = trained[torch.randint(len(trained), (config.batch,), generator=draw)]
-        loss = block_loss(block, roundings, *data.rows(rows), stored, beta)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        if beta is None:
+            warm_up(rows)
+        else:
+            decide(rows, beta)
         step += 1
         tell(1, f"error x {lowest:.3f}")
         progress = _progress(step, config.iterations, started, deadline)
@@ -279,7 +291,7 @@ def block_loss(
     arguments: tuple[Tensor, ...],
     target: Tensor,
     stored: float,
-    beta: float | None,
+    beta: Tensor | float | None,
 ) -> Tensor:
     """What the module's docstring says is minimised, on some inputs; ``stored`` is e(stored), no ``beta`` no penalty."""
     output = functional_call(block, {name: r() for name, r in roundings.items()}, arguments)

@@ -76,8 +76,15 @@ def velocity(schedule: NoiseSchedule, images: Tensor, noise: Tensor, t: Tensor) 
 
 def noise_from_velocity(schedule: NoiseSchedule, x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The noise that velocity ``v`` stands for: sqrt(1 - abar) * x_t + sqrt(abar) * v."""
-    a, s = signal_and_noise_scale(schedule, t, x_t)
-    return s * x_t + a * v
+    return noise_from_output("v", x_t, v, signal_and_noise_scale(schedule, t, x_t))
+
+
+def noise_from_output(prediction: str, x_t: Tensor, output: Tensor, scales: tuple[Tensor, Tensor]) -> Tensor:
+    """The noise that a network's ``output`` stands for; ``scales`` of signal and noise, shaped to multiply ``x_t``."""
+    if prediction == "eps":
+        return output
+    signal, noise = scales
+    return noise * x_t + signal * output
 
 
 def regression_target(

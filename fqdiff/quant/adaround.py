@@ -33,7 +33,7 @@ def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
     return torch.logit((h - GAMMA) / (ZETA - GAMMA))
 
 
-def rounding_penalty(h: Tensor, beta: float) -> Tensor:
+def rounding_penalty(h: Tensor, beta: Tensor | float) -> Tensor:
     """sum 1 - |2 h - 1|^beta, eq. 24: 0 where every h is 0 or 1, and 1 for each that is 1/2."""
     return (1 - (2 * h - 1).abs().pow(beta)).sum()
 

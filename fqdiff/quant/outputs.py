@@ -84,11 +84,21 @@ def separated(x: Tensor, axis: int, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def together(low: Tensor, high: Tensor, axis: int, positions: Tensor) -> Tensor:
     """The inverse of :func:`separated`; contiguous."""
-    others = torch.ones(len(low) + len(high), dtype=torch.bool, device=low.device)
+    return in_order(low, high, axis, channel_order(positions, len(low) + len(high)))
+
+
+def channel_order(positions: Tensor, channels: int) -> Tensor:
+    """Where each of so many channels is among those that are not at ``positions`` followed by those that are, int64."""
+    others = torch.ones(channels, dtype=torch.bool, device=positions.device)
     others[positions] = False
-    order = torch.empty(len(others), dtype=torch.int64, device=low.device)
-    order[others] = torch.arange(len(low), device=low.device)
-    order[positions] = torch.arange(len(low), len(others), device=low.device)
+    order = torch.empty(channels, dtype=torch.int64, device=positions.device)
+    order[others] = torch.arange(channels - len(positions), device=positions.device)
+    order[positions] = torch.arange(channels - len(positions), channels, device=positions.device)
+    return order
+
+
+def in_order(low: Tensor, high: Tensor, axis: int, order: Tensor) -> Tensor:
+    """The tensor whose channels are in ``low`` and ``high``, from their :func:`channel_order`; contiguous."""
     return torch.cat([low, high])[order].movedim(0, axis).contiguous()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fqdiff.quant.codebooks import looked_up, nearest_entry
 from fqdiff.quant.formats import PerOutput, scales_of
-from fqdiff.quant.outputs import separated, together
+from fqdiff.quant.outputs import channel_order, in_order, separated
 from fqdiff.quant.packed import PackedTensor, join_outputs, separate_outputs, unpack_tensor
 from fqdiff.quant.packing import pack, unpack
 from fqdiff.quant.qparams import QParams, fixed_zero_point, from_rows, group_rows, quantize
@@ -139,12 +139,14 @@ class TrainableOutputs(nn.Module):
         assert isinstance(packed.granularity, PerOutput)
         self.start, self.axis = packed, packed.granularity.scales.axis
         low, high, positions = separate_outputs(packed)
-        self.register_buffer("positions", positions, persistent=False)  # the plan's, which training leaves alone
+        # The plan's, which training leaves alone.
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("order", channel_order(positions, tensor.shape[self.axis]), persistent=False)
         parts = separated(tensor, self.axis, positions)
         self.low, self.high = (trainable_rows(x, part) for x, part in zip(parts, (low, high), strict=True))
 
     def forward(self) -> Tensor:
-        return together(self.low(), self.high(), self.axis, self.get_buffer("positions"))
+        return in_order(self.low(), self.high(), self.axis, self.get_buffer("order"))
 
     @torch.no_grad()
     def packed(self) -> PackedTensor:
