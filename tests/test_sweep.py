@@ -64,6 +64,13 @@ def swept(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     return store, good(store, "sweep", written(folder, SMALL))
 
 
+def without_times(data: dict[str, Any]) -> list[dict[str, str]]:
+    with Path(data["csv"]).open(newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name != "making_seconds"} for row in csv.DictReader(file)
+        ]
+
+
 def ids(store: Path) -> set[str]:
     return {m.id for m in Store(store).manifests()}
 
@@ -301,7 +308,7 @@ def test_an_interrupted_sweep_continues_to_the_same_table(
     done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
     assert before < ids(store) == ids(swept[0])
     assert Path(done["csv"]).name == Path(swept[1]["csv"]).name
-    assert Path(done["csv"]).read_bytes() == Path(swept[1]["csv"]).read_bytes()
+    assert without_times(done) == without_times(swept[1])
 
 
 @pytest.mark.parametrize(("jobs", "kill"), [(1, os.killpg), (2, os.kill)])
@@ -330,7 +337,7 @@ def test_a_killed_sweep_leaves_the_store_whole_and_the_same_command_finishes_it(
     done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
     assert begun <= ids(store) == ids(swept[0])
     assert done["failed"] == 0
-    assert Path(done["csv"]).read_bytes() == Path(swept[1]["csv"]).read_bytes()
+    assert without_times(done) == without_times(swept[1])
     assert good(store, "store", "verify")["damaged"] == []
     deadline = time.monotonic() + 60
     while any(not state.startswith("Z") for state in states_of_group(process.pid)):  # orphans end with their cell
