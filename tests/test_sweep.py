@@ -92,9 +92,7 @@ def test_a_setting_that_is_a_list_needs_a_list_of_lists_for_a_grid() -> None:
     assert [p["formats"] for p in two] == [["int8", "int4"], ["int2"]]
 
 
-@pytest.mark.parametrize(
-    ("name", "cells"), [("paper", 13 * 3 * 2), ("bits", 24), ("budget", 9 * 6 * 2), ("methods", 4 * 4 * 2)]
-)
+@pytest.mark.parametrize(("name", "cells"), [("paper", 13 * 3 * 2), ("bits", 24), ("budget", 9 * 6 * 2)])
 def test_the_shipped_sweeps_have_the_cells_they_speak_of(name: str, cells: int, tmp_path: Path) -> None:
     found = make_cells(Session(tmp_path / "store", quiet=True), read_sweep(SWEEPS / f"{name}.toml"), None)
     assert len(found) == cells
@@ -105,8 +103,8 @@ def test_the_shipped_sweeps_have_the_cells_they_speak_of(name: str, cells: int, 
 def test_the_file_in_the_docs_is_one(tmp_path: Path) -> None:
     page = (SWEEPS.parent.parent / "docs" / "sweeps.md").read_text()
     found = read_sweep(Path(written(tmp_path, page.split("```toml\n")[1].split("```")[0])))
-    assert (len(found.plans), len(found.quantize), found.sweep.seeds) == (4 * 2 + 2, 3, (0, 1))
-    assert set(found.fisher) == {"loss", "runs"}
+    assert (len(found.plans), len(found.quantize), found.sweep.seeds) == (4 * 2 + 2, 3 + 2 * 2, (0, 1))
+    assert (set(found.fisher), set(found.calibration)) == ({"loss", "runs"}, {"even"})
 
 
 def test_the_smallest_shipped_sweep_runs(store: Path) -> None:
