@@ -305,7 +305,9 @@ def sweep_text(data: dict[str, Any]) -> str:
             f"Verdicts on the FID against full precision, by Holm's correction over the {len(done)} cells that are done.",
             *(floor_line(next(r for r in done if r["seed"] == seed)) for seed in sorted({r["seed"] for r in done})),
         ]
-    lines += [f"failed: cell {r['cell']} ({r['plan']}; seed {r['seed']}): {r['error']}" for r in failed]
+    for r in failed:
+        which = "; ".join(filter(None, (r["plan"], r["quantize"], f"seed {r['seed']}")))
+        lines.append(f"failed: cell {r['cell']} ({which}): {r['error']}")
     lines.append(f"{len(done)} of {len(rows)} cells done, in {duration(data['seconds'])}")
     return "\n".join([*lines, f"table: {data['parquet']}", f"       {data['csv']}"])
 

@@ -21,7 +21,7 @@ from fqdiff.cli.sweep_inputs import (
     read_fisher,
 )
 from fqdiff.cli.sweep_ways import GivenWay, read_ways, ways_of
-from fqdiff.cli.sweep_words import blaming, in_words
+from fqdiff.cli.sweep_words import MOST_CELLS, blaming, in_words
 from fqdiff.cli.train import choose_dataset
 from fqdiff.configs import (
     RIVALS,
@@ -40,10 +40,9 @@ if TYPE_CHECKING:
 HINT = "a TOML file as docs/sweeps.md describes it"
 STAGES = {"sample": SampleConfig, "classifier": ClassifierConfig, "compare": CompareConfig}
 LISTS = ("plans", "quantize")
-NAMED = {"fisher": read_fisher, "calibration": read_calibration}
+NAMED = ("fisher", "calibration")
 PRETRAINED = "pretrained:"
 PLAN_WORDS = ("name", "fisher", "trajectory", "uniform", "target_size")  # beside the fields of a PlanConfig
-MOST_CELLS = 10_000
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,7 @@ def make_cells(session: Session, file: SweepFile, inception_weights: Path | None
     cells: list[Cell] = []
     for point, own in zip(file.plans, chosen_ways, strict=True):
         read, plan = plan_of(point, tables)
+        _check_distinct("quantize", [given.settings for given, _ in own])
         for given, way in own:
             settings = settings_of("plan", plan, point) | settings_of(
                 "quantize", way.treatment.quantize, given.settings
@@ -187,11 +187,10 @@ def make_cells(session: Session, file: SweepFile, inception_weights: Path | None
 
 
 def ways_for(point: Mapping[str, object], ways: "list[tuple[GivenWay, Way]]") -> "list[tuple[GivenWay, Way]]":
-    """Those of ``ways`` that are for a plan. Raises ConfigError where there are none, or two that say the same."""
+    """Those of ``ways`` that are for a plan. Raises ConfigError where there are none."""
     own = [(given, way) for given, way in ways if not given.plans or point.get("name") in given.plans]
     words = in_words(nameless(point))
     require(bool(own), f"no [[quantize]] is for plans ({words})", "name them in its plans, or leave plans out")
-    _check_distinct("quantize", [given.settings for given, _ in own])
     return own
 
 

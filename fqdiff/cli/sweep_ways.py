@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fqdiff.cli.quantize_steps import CORRECTION, RECONSTRUCT, STEPS, TEMPORAL
 from fqdiff.cli.session import checked_settings
 from fqdiff.cli.sweep_inputs import chosen
-from fqdiff.cli.sweep_words import blaming, in_words
+from fqdiff.cli.sweep_words import MOST_CELLS, blaming, in_words
 from fqdiff.configs import (
     ActivationConfig,
     NoiseCorrectionConfig,
@@ -58,6 +58,8 @@ def read_ways(entries: Sequence[Mapping[str, object]], path: Path) -> tuple[Give
         for point in expand({key: value for key, value in entry.items() if key != "plans"}, frozenset(), label):
             where = f"[[quantize]] number {number} of {path}"
             found.append(GivenWay(number, tuple(names), _checked(point, label, where)))
+            most = f"quantize in {path} stand for more than {MOST_CELLS:,}"
+            require(len(found) <= MOST_CELLS, most, "list fewer values")
     return tuple(found)
 
 

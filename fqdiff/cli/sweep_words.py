@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from fqdiff.errors import ConfigError
 
+MOST_CELLS = 10_000
+
 
 def in_words(settings: Mapping[str, object]) -> str:
     """``ratio 0.1, low int8``; settings of a table in ``settings`` after its name: ``activations.range mse``."""
