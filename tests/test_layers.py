@@ -18,7 +18,7 @@ LAYERS = [
     {"stages"},
     {"store"},
     {"pipeline"},
-    {"chains", "report"},
+    {"chains", "report", "treatment"},
     {"sweep"},
     {"cli"},
 ]

@@ -9,14 +9,11 @@ from fqdiff.cli.output import copy_out
 from fqdiff.cli.quantize_steps import (
     CORRECTION,
     OF_ACTIVATIONS,
-    RECONSTRUCT,
-    activations_step,
-    correction_step,
-    learned_steps_step,
-    quantize_step,
-    reconstruct_step,
-    reparameterized_step,
-    temporal_step,
+    STEPS,
+    TEMPORAL,
+    calibration_of,
+    carried_out,
+    requested,
 )
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
@@ -31,13 +28,11 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.errors import ConfigError
-from fqdiff.methods import METHODS, Bundle, get_bundle
+from fqdiff.methods import Bundle, get_bundle
+from fqdiff.treatment.request import make_treatment
 
 if TYPE_CHECKING:
-    from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
-    from fqdiff.values import Plan
 
 ACTIVATIONS = "Activations"
 RECONSTRUCTION = "Block reconstruction"
@@ -348,70 +343,64 @@ def quantize(
 ) -> None:
     """Write the smaller checkpoint that a plan describes."""
     chosen = session.resolve(source, ("plan",))
-    of_reconstruction = {
-        "iterations": reconstruct_iterations,
-        "batch": reconstruct_batch,
-        "rate": reconstruct_rate,
-        "inputs": reconstruct_inputs,
-        "minutes": reconstruct_minutes,
+    flags: dict[str, dict[str, object]] = {
+        "quantize": {
+            "bias_correction": bias_correction,
+            "bias_intervals": bias_intervals,
+            "calibration_images": calibration_images,
+            "calibration_steps": calibration_steps,
+            "distill": distill,
+            "distill_batch": distill_batch,
+            "distill_rate": distill_rate,
+        },
+        "reconstruct": {
+            "iterations": reconstruct_iterations,
+            "batch": reconstruct_batch,
+            "rate": reconstruct_rate,
+            "inputs": reconstruct_inputs,
+            "minutes": reconstruct_minutes,
+        },
+        "activations": {
+            "format": activations,
+            "range": activation_range,
+            "intervals": activation_intervals,
+            "granularity": activation_granularity,
+            "softmax": softmax,
+            "split_skips": split_skips,
+            "temporal": quantize_temporal,
+            "first": activation_first,
+            "last": activation_last,
+            "dynamic": dynamic,
+        },
+        TEMPORAL: {"intervals": temporal_intervals, "iterations": temporal_iterations, "rate": temporal_rate},
+        STEPS: {
+            "iterations": steps_iterations,
+            "batch": steps_batch,
+            "rate": steps_rate,
+            "inputs": steps_inputs,
+        },
+        CORRECTION: {"intervals": noise_intervals},
     }
-    of_activations = {
-        "format": activations,
-        "range": activation_range,
-        "intervals": activation_intervals,
-        "granularity": activation_granularity,
-        "softmax": softmax,
-        "split_skips": split_skips,
-        "temporal": quantize_temporal,
-        "first": activation_first,
-        "last": activation_last,
-        "dynamic": dynamic,
-    }
-    of_time = {"intervals": temporal_intervals, "iterations": temporal_iterations, "rate": temporal_rate}
-    of_steps = {
-        "iterations": steps_iterations,
-        "batch": steps_batch,
-        "rate": steps_rate,
-        "inputs": steps_inputs,
+    asked = {
+        "reconstruct": reconstruct,
+        TEMPORAL: temporal_scales,
+        STEPS: learn_steps,
+        CORRECTION: noise_correction or None,
     }
     bundle = get_bundle(method) if method is not None else Bundle()
-    weights = quantize_step(
-        session,
-        chosen,
-        {"distill": bundle.distill},
-        bias_correction=bias_correction,
-        bias_intervals=bias_intervals,
-        calibration_images=calibration_images,
-        calibration_steps=calibration_steps,
-        distill=distill,
-        distill_batch=distill_batch,
-        distill_rate=distill_rate,
-    )
-    corrected = noise_correction or bundle.noise_correction or CORRECTION in session.tables()
-    reparameterize = reparameterize or bundle.reparameterize
-    if reparameterize:
-        weights = reparameterized_step(session, chosen, weights, calibration)
-        if reconstruct or set(RECONSTRUCT) & session.tables().keys():
-            raise ConfigError("reconstruction of weights that were reparameterized", "leave one of the two out")
-    else:
-        asked = reconstruct if reconstruct is not None else (bundle.reconstruct or None)
-        first = (
-            reconstruct_temporal if reconstruct_temporal is not None else ((bundle.temporal_first and asked) or None)
-        )
-        weights = reconstruct_step(session, chosen, weights, calibration, asked, of_reconstruction, first)
-    shared = corrected or reparameterize or weights.stage in RECONSTRUCT
-    rounded = activations_step(session, chosen, weights, calibration, of_activations, shared, bundle.activations)
-    quantized = rounded is not weights
-    asked = temporal_scales if temporal_scales is not None else ((bundle.temporal_scales and quantized) or None)
-    timed = temporal_step(session, rounded, asked, of_time)
-    asked = learn_steps if learn_steps is not None else ((bundle.learn_steps and quantized) or None)
-    learned = learned_steps_step(session, chosen, timed, calibration, asked, of_steps)
-    step = correction_step(session, chosen, learned, calibration, corrected, intervals=noise_intervals)
+    request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal)
+    treatment = make_treatment(request, bundle)
+    inputs = calibration_of(session, chosen, treatment, calibration)
+    step = carried_out(session, chosen, treatment, inputs)
     facts: dict[str, object] = {}
+    lines: tuple[str, ...] = ()
     if method is not None:
-        check_bundle(session, method, bundle, chosen, step)
-        facts = {"method": method, "bundle": bundle.flags(quantized)}
-    manifest = session.make(step, facts, [f"{method} is {' '.join(bundle.flags(quantized))}"] if method else ())
+        from fqdiff.treatment.suits import check_method, traits_of_plan
+
+        check_method(method, traits_of_plan(session.runner.load(chosen)), inputs)
+        same = bundle.flags(treatment.activations is not None)
+        facts, lines = {"method": method, "bundle": same}, (f"{method} is {' '.join(same)}",)
+    manifest = session.make(step, facts, lines)
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes
@@ -454,33 +443,3 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
         after = sizes.get(stage, before)
         added[stage], before = after - before, after
     return added
-
-
-def check_bundle(session: Session, method: str, bundle: Bundle, plan_manifest: "Manifest", step: "Step") -> None:
-    """Raise ConfigError unless the plan and the calibration sets behind ``step`` are what ``method`` asks for."""
-    from fqdiff.pipeline import Step
-    from fqdiff.quant.formats import PerSplit, get_format, parse_granularity
-    from fqdiff.store.manifest import Manifest
-
-    plan: Plan = session.runner.load(plan_manifest)
-    how = "; ".join(METHODS[method].made_by)
-    if bundle.strategy not in ("", plan.strategy):
-        raise ConfigError(f"{method} is a plan by {bundle.strategy}; this is one by {plan.strategy}", how)
-    integers = [e for e in plan.entries if get_format(e.format).is_integer]
-    for what, wanted, got in (
-        ("range", bundle.ranges, {e.range for e in integers}),
-        ("rounding", bundle.roundings, {e.rounding for e in integers}),
-    ):
-        if wanted and not got <= set(wanted):
-            raise ConfigError(
-                f"{method} has the {what} {', '.join(wanted)}; the plan has {', '.join(sorted(got))}", how
-            )
-    if bundle.split_weights and not any(isinstance(parse_granularity(e.granularity), PerSplit) for e in integers):
-        raise ConfigError(f"{method} splits the weights of layers that are given a joined skip; the plan does not", how)
-    stage: object = step
-    while isinstance(stage, Step):
-        source = stage.inputs.get("calibration")
-        scheme = source.recipe.config.get("scheme") if isinstance(source, Manifest) else None
-        if source is not None and bundle.scheme not in ("", scheme):
-            raise ConfigError(f"{method} calibrates by {bundle.scheme}; {source.id} was recorded by {scheme}", how)
-        stage = stage.inputs.get("model")

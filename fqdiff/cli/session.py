@@ -179,8 +179,11 @@ class Session:
 
     def settings(self, table: str, kind: type[Config], base: Mapping[str, object], /, **flags: object) -> Config:
         """A stage's config: flags that were given, over the TOML table, over ``base``, over the defaults."""
-        given = {k: v for k, v in flags.items() if v is not None}
-        return kind(**{**base, **self._from_file(table, kind), **given})
+        return kind(**{**base, **self.given(table, kind, **flags)})
+
+    def given(self, table: str, kind: type[Any], /, **flags: object) -> dict[str, Any]:
+        """What is said of a stage: flags that were given, over the TOML table."""
+        return {**self._from_file(table, kind), **{k: v for k, v in flags.items() if v is not None}}
 
     def from_file(self, table: str, key: str, example: Config) -> Config | None:
         """One value of the TOML file, of the type of ``example``; None where it is absent."""

@@ -18,6 +18,7 @@ from fqdiff.cli.session import STORE_OPTIONS, Session, common
 from fqdiff.cli.show import duration, table
 from fqdiff.cli.sweep_file import PRETRAINED, SweepFile, make_cells, read_sweep
 from fqdiff.errors import ConfigError
+from fqdiff.report.words import NOISE_ERROR
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fqdiff.errors import FqdiffError
-    from fqdiff.sweep.cells import Cell, Row
+    from fqdiff.sweep.cells import Cell
     from fqdiff.sweep.cost import Rates
+    from fqdiff.sweep.numbers import Row
 
 EXAMPLE = "Example: fqdiff sweep examples/sweeps/paper.toml --dry-run"
 ENDINGS = (".parquet", ".csv")
@@ -293,14 +295,19 @@ def sweep_text(data: dict[str, Any]) -> str:
     if done:
         first = done[0]
         level = f"{100 * first['level']:g} %"
-        about = ("bytes", "bits/weight", f"image MSE [{level}]", f"FID {first['feature_network']} [{level}]")
-        header = ("cell", "plan", "quantize", "seed", *about, "to full precision")
+        about = ("bytes", "bits/weight", f"noise error [{level}]", f"image MSE [{level}]")
+        fid = (f"FID {first['feature_network']} [{level}]", "to full precision", "verdict")
+        header = ("cell", "plan", "quantize", "seed", *about, *fid)
         lines += [table(header, [cells_of(row) for row in done])]
         lines += [
-            f"N = {first['n']} images of each; image MSE: against full precision's image of the same noise.",
+            f"N = {first['n']} images of each; image MSE: against full precision's image of the same noise; noise error: "
+            f"{NOISE_ERROR}.",
+            f"Verdicts on the FID against full precision, by Holm's correction over the {len(done)} cells that are done.",
             *(floor_line(next(r for r in done if r["seed"] == seed)) for seed in sorted({r["seed"] for r in done})),
         ]
-    lines += [f"failed: cell {r['cell']} ({r['plan']}; seed {r['seed']}): {r['error']}" for r in failed]
+    for r in failed:
+        which = "; ".join(filter(None, (r["plan"], r["quantize"], f"seed {r['seed']}")))
+        lines.append(f"failed: cell {r['cell']} ({which}): {r['error']}")
     lines.append(f"{len(done)} of {len(rows)} cells done, in {duration(data['seconds'])}")
     return "\n".join([*lines, f"table: {data['parquet']}", f"       {data['csv']}"])
 
@@ -314,10 +321,17 @@ def cells_of(row: "Row") -> list[str]:
         str(row["seed"]),
         f"{row['bytes']:,}",
         f"{row['bits_per_weight']:.2f}",
-        f"{row['image_mse']:.2e} [{row['image_mse_low']:.2e}, {row['image_mse_high']:.2e}]",
-        f"{row['fid']:.2f} [{row['fid_low']:.2f}, {row['fid_high']:.2f}]",
-        f"{row['fid_difference']:+.2f} [{row['fid_difference_low']:+.2f}, {row['fid_difference_high']:+.2f}]",
+        "" if row["noise_error"] is None else between(row, "noise_error", ".2e"),
+        between(row, "image_mse", ".2e"),
+        between(row, "fid", ".2f"),
+        between(row, "fid_difference", "+.2f"),
+        row["verdict"],
     ]
+
+
+def between(row: "Row", name: str, form: str) -> str:
+    """A number with its interval."""
+    return f"{row[name]:{form}} [{row[f'{name}_low']:{form}}, {row[f'{name}_high']:{form}}]"
 
 
 def floor_line(row: "Row") -> str:

@@ -2,31 +2,36 @@
 
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from fqdiff.chains import comparison_step
-from fqdiff.configs import CompareConfig, PlanConfig, QuantizeConfig, SampleConfig, quantize_reads_fisher
+from fqdiff.configs import CompareConfig, PlanConfig, SampleConfig
 from fqdiff.errors import ArtifactCorrupt, FqdiffError
 from fqdiff.pipeline import External, Runner, Step
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
-from fqdiff.values import Comparison, Plan
+from fqdiff.sweep.numbers import Row, noise_errors, numbers
+from fqdiff.treatment.steps import chain_of, treated_step
+from fqdiff.treatment.suits import check_method, traits_of_config, traits_of_plan
+from fqdiff.treatment.treatment import Treatment
+from fqdiff.values import Plan
 
 Source = Step | Manifest
-Row = dict[str, Any]
-MODEL, BASELINE, FLOOR = "model1", "baseline", "floor"  # roles of a cell's comparison
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What all cells of a sweep share: the model, the images, the features, and how samples are made and compared."""
+    """What all cells of a sweep share: the model, the images, the features, and how samples are made and compared.
+
+    ``num_train_timesteps``: the model's.
+    """
 
     checkpoint: Source
     dataset: Source
     features: Step | External
     sample: SampleConfig
     compare: CompareConfig
+    num_train_timesteps: int
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,20 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to quantize. ``calibration``: the set that it learns from; ``method``: which one the plan has to suit, if any."""
+
+    treatment: Treatment
+    calibration: Source | None = None
+    method: str = ""
+
+
+@dataclass(frozen=True)
 class Cell:
-    """A plan, a way to quantize and a seed, with the steps they take. Labels and ``settings`` are as the sweep names them."""
+    """A plan, a way to quantize and a seed, with the steps they take. Labels and ``settings`` are as the sweep names them.
+
+    ``method`` and ``calibration`` are those of the way to quantize, ``num_train_timesteps`` the model's.
+    """
 
     number: int
     plan_label: str
@@ -47,6 +64,8 @@ class Cell:
     seed: int
     settings: Mapping[str, object]
     artifacts: Mapping[str, Source | External]
+    method: str
+    num_train_timesteps: int
 
     @property
     def label(self) -> str:
@@ -55,10 +74,28 @@ class Cell:
         return f"{self.plan_label}{how}; seed {self.seed}"
 
     def steps(self) -> Iterator[tuple[str, Step]]:
-        """Name and step of all that can be made, in the order of work: what may fail soon comes first."""
+        """Name and step of all that can be made, in the order of work: what may fail soon comes first.
+
+        What a quantized model or a calibration set is made from goes by the names of the stages.
+        """
         for name, source in self.artifacts.items():
-            if isinstance(source, Step):
-                yield name, source
+            if not isinstance(source, Step):
+                continue
+            weights = source.inputs.get("fisher")
+            if name == "calibration" and isinstance(weights, Step):
+                yield weights.stage, weights
+            before = list(chain_of(source))[:-1] if name == "quantized" else []
+            yield from ((step.stage, step) for step in before)
+            yield name, source
+
+    def made_for_it(self) -> Iterator[Source]:
+        """The calibration set, if there is one, and every stage of the quantized model: what is made once it is planned."""
+        quantized = self.artifacts["quantized"]
+        assert isinstance(quantized, Step)
+        calibration = self.artifacts.get("calibration")
+        if isinstance(calibration, Step | Manifest):
+            yield calibration
+        yield from chain_of(quantized)
 
 
 def make_cell(
@@ -68,15 +105,18 @@ def make_cell(
     subject: Subject,
     tables: Tables,
     plan: PlanConfig,
-    quantize: QuantizeConfig,
+    way: Way,
     seed: int,
 ) -> Cell:
     """The cell's steps, with the ids that the single commands would give them with ``--seed seed``.
 
-    Fisher tables keep the seed that they have: what differs between seeds is chance after them. The noise floor is full
-    precision sampled with the next seed.
+    Fisher tables and calibration sets keep the seed that they have: what differs between seeds is chance after them. The noise
+    floor is full precision sampled with the next seed. Raises ConfigError where the plan, as far as its settings tell, or the
+    calibration set does not suit the way to quantize.
     """
     checkpoint, dataset = subject.checkpoint, subject.dataset
+    if way.method:
+        check_method(way.method, traits_of_config(plan), way.calibration)
     read: dict[str, Source] = {}
     if tables.fisher is not None:
         read["fisher"] = tables.fisher
@@ -85,10 +125,7 @@ def make_cell(
     images = {"dataset": dataset} if plan.is_calibrated and plan.score != "trajectory" else {}
     random = plan.score == "random" or plan.is_calibrated
     planned = Step("plan", {"checkpoint": checkpoint, **read, **images}, plan, seed if random else 0)
-    table = "" if tables.fisher is None else str(tables.fisher.recipe.config.get("granularity"))
-    fitted = read if quantize_reads_fisher(plan.granularity, table) else {}
-    chance = seed if quantize.bias_correction != "none" or quantize.distill else 0
-    model = Step("quantize", {"checkpoint": checkpoint, "plan": planned, **fitted}, quantize, chance)
+    model = treated_step(checkpoint, planned, read, way.calibration, way.treatment, seed)
     full, floor, samples = (
         Step("sample", {"model": source}, subject.sample, k)
         for source, k in ((checkpoint, seed), (checkpoint, seed + 1), (model, seed))
@@ -100,6 +137,7 @@ def make_cell(
         "checkpoint": checkpoint,
         **read,
         "plan": planned,
+        **({} if way.calibration is None else {"calibration": way.calibration}),
         "quantized": model,
         "full_samples": full,
         "floor_samples": floor,
@@ -107,7 +145,7 @@ def make_cell(
         "features": subject.features,
         "comparison": comparison,
     }
-    return Cell(number, *labels, seed, settings, artifacts)
+    return Cell(number, *labels, seed, settings, artifacts, way.method, subject.num_train_timesteps)
 
 
 def run_cell(cell: Cell, runner: Runner, failed: dict[str, FqdiffError]) -> Row:
@@ -118,12 +156,14 @@ def run_cell(cell: Cell, runner: Runner, failed: dict[str, FqdiffError]) -> Row:
     alone = replace(runner, _loaded={}, _made=set())  # what a cell loaded is freed with it
     making = ""
     try:
-        for _, step in cell.steps():
+        for name, step in cell.steps():
             making = step.id
             if making in failed:
                 raise failed[making]
-            if runner.store.find(step.kind, making) is None:
-                alone.run(step)
+            made = runner.store.find(step.kind, making) or alone.run(step)
+            if name == "plan" and cell.method:
+                making = f"{cell.method} with plan {step.id}"  # no failure of the plan's
+                check_method(cell.method, traits_of_plan(alone.load(made)), None)
         return cell_row(cell, alone)
     except FqdiffError as error:
         failed[making] = error
@@ -151,7 +191,11 @@ def cell_row(cell: Cell, runner: Runner, error: str | None = None) -> Row:
     assert isinstance(quantized, Manifest)
     assert comparison is not None
     promised: Plan = runner.load(plan)
-    return {**row, **numbers(quantized.file("model.safetensors").bytes, promised, runner.load(comparison))}
+    made = [existing(source, runner.store) for source in cell.made_for_it()]
+    seconds = sum(one.seconds for one in made if isinstance(one, Manifest))
+    size, value = quantized.file("model.safetensors").bytes, runner.load(comparison)
+    measured = numbers(size, promised, value) | noise_errors(value, cell.num_train_timesteps)
+    return {**row, **measured, "making_seconds": round(seconds, 3)}
 
 
 def existing(source: Source | External, store: Store) -> Manifest | External | None:
@@ -160,45 +204,3 @@ def existing(source: Source | External, store: Store) -> Manifest | External | N
         return store.find(source.kind, source.id) if isinstance(source, Step) else source
     except ArtifactCorrupt:
         return None
-
-
-def numbers(size: int, plan: Plan, value: Comparison) -> Row:
-    """What a cell that is done has measured: its file's size in bytes, and what its comparison says."""
-    fid, error, pair = (
-        value.measure("fid", MODEL),
-        value.measure("image_mse", MODEL),
-        value.pair("fid", MODEL, BASELINE),
-    )
-    return {
-        "bytes": size,
-        "bits_per_weight": 8 * size / plan.parameters,
-        "predicted": plan.budget.predicted if plan.budget is not None else None,
-        "n": value.n,
-        "level": value.level,
-        "feature_network": value.features,
-        "image_mse": error.value,
-        "image_mse_low": error.low,
-        "image_mse_high": error.high,
-        "fid": fid.value,
-        "fid_low": fid.low,
-        "fid_high": fid.high,
-        "fid_difference": pair.difference,
-        "fid_difference_low": pair.low,
-        "fid_difference_high": pair.high,
-        "fid_p": pair.p,
-        "fid_full": value.measure("fid", BASELINE).value,
-        "fid_floor": value.measure("fid", FLOOR).value,
-        "image_mse_floor": value.measure("image_mse", FLOOR).value,
-    }
-
-
-def settings_of(prefix: str, config: PlanConfig | QuantizeConfig, given: Mapping[str, object]) -> dict[str, object]:
-    """Columns of a table for the settings that a sweep's file gives, as the config holds them; lists with commas."""
-    resolved = {**given, **asdict(config)}
-    names = dict.fromkeys(["strategy", *given] if prefix == "plan" else given)
-    return {f"{prefix}_{name}": plain(resolved[name]) for name in names}
-
-
-def plain(value: object) -> object:
-    """``value`` as a cell of a table."""
-    return ",".join(str(one) for one in value) if isinstance(value, list | tuple) else value

@@ -20,11 +20,15 @@ TIMED_IMAGES, TIMED_STEPS = 16, 4
 def work(recipe: Recipe) -> float:
     """How much a recipe asks for, in units that take about as long each within one stage and one model."""
     config = recipe.config
+    if recipe.stage in ("reconstruct", "reconstruct-temporal", "activation-steps", "temporal-scales"):
+        return float(config["iterations"])
     if recipe.stage == "sample":
         return float(config["count"] * config["steps"])
+    if recipe.stage == "calibrate":
+        return float(config["samples"] * config["steps"])
     if recipe.stage == "fisher":
         return float(config["samples"] * config["steps" if config["kind"] == "trajectory" else "timesteps"])
-    if recipe.stage == "quantize":
+    if recipe.stage in ("quantize", "quantize-reparameterized"):
         return float(1 + config["distill"])
     return float(config["resamples"]) if recipe.stage == "compare" else 1.0
 

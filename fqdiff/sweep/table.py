@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fqdiff.sweep.cells import Row
+from fqdiff.sweep.numbers import Row
+from fqdiff.sweep.tenths import TENTHS
+from fqdiff.sweep.verdicts import with_verdicts
 
 SCHEMA = 1
 LEADING: dict[str, pa.DataType] = {"cell": pa.int64(), "plan": pa.string(), "quantize": pa.string(), "seed": pa.int64()}
@@ -21,17 +23,24 @@ NUMBERS: dict[str, pa.DataType] = {
     "feature_network": pa.string(),
     **dict.fromkeys(("image_mse", "image_mse_low", "image_mse_high", "fid", "fid_low", "fid_high"), pa.float64()),
     **dict.fromkeys(("fid_difference", "fid_difference_low", "fid_difference_high", "fid_p"), pa.float64()),
+    "fid_p_adjusted": pa.float64(),
+    "verdict": pa.string(),
     **dict.fromkeys(("fid_full", "fid_floor", "image_mse_floor"), pa.float64()),
+    **dict.fromkeys(("noise_error", "noise_error_low", "noise_error_high", *TENTHS, "making_seconds"), pa.float64()),
 }
-IDS = ("dataset", "checkpoint", "fisher", "trajectory", "plan", "quantized", "samples", "full_samples", "floor_samples",
-       "features", "comparison")  # fmt: skip
+IDS = ("dataset", "checkpoint", "fisher", "trajectory", "plan", "calibration", "quantized", "samples", "full_samples",
+       "floor_samples", "features", "comparison")  # fmt: skip
 TRAILING: dict[str, pa.DataType] = {**{f"{name}_id": pa.string() for name in IDS}, "error": pa.string()}
 
 
 def make_table(rows: Sequence[Row], name: str) -> pa.Table:
-    """``rows`` in the order of cells: what a cell is, the settings its file gives, its numbers, its ids, its error."""
+    """``rows`` in the order of cells: what a cell is, the settings its file gives, its numbers, its ids, its error.
+
+    Verdicts are over all of them.
+    """
     fixed = LEADING | NUMBERS | TRAILING
-    ordered = sorted(rows, key=lambda row: int(row["cell"]))  # whichever ended first: columns come in that order too
+    # Whichever ended first: columns come in that order too.
+    ordered = with_verdicts(sorted(rows, key=lambda row: int(row["cell"])))
     given = dict.fromkeys(column for row in ordered for column in row if column not in fixed)
     columns = [*LEADING, *given, *NUMBERS, *TRAILING]
     arrays = [pa.array([row.get(column) for row in ordered], fixed.get(column)) for column in columns]

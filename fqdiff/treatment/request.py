@@ -1,0 +1,109 @@
+"""What is asked for, as flags, a settings file or a sweep say it, and the treatment that it makes with a method's settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fqdiff.configs import (
+    ActivationConfig,
+    NoiseCorrectionConfig,
+    QuantizeConfig,
+    ReconstructConfig,
+    StepsConfig,
+    TemporalConfig,
+)
+from fqdiff.errors import ConfigError
+from fqdiff.methods import Bundle
+from fqdiff.treatment.treatment import Treatment
+
+Config = TypeVar("Config")
+Settings = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Whether a stage is asked for, None where the method decides, and settings for it; the others have their defaults."""
+
+    asked: bool | None = None
+    settings: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every stage of a treatment. Activations are quantized where their settings name a ``format``."""
+
+    quantize: Settings = field(default_factory=dict)
+    reparameterize: bool | None = None
+    reconstruct: Wish = field(default_factory=Wish)
+    temporal_first: bool | None = None
+    activations: Settings = field(default_factory=dict)
+    temporal_scales: Wish = field(default_factory=Wish)
+    activation_steps: Wish = field(default_factory=Wish)
+    noise_correction: Wish = field(default_factory=Wish)
+
+
+def make_treatment(request: Request, bundle: Bundle) -> Treatment:
+    """The treatment that ``request`` asks for; what it leaves open is as in ``bundle``.
+
+    Raises ConfigError for settings of a stage that is left out, for values that a config refuses, and for stages that do not go
+    together.
+    """
+    quantized = "format" in request.activations
+    if not quantized and request.activations:
+        raise ConfigError(
+            f"{', '.join(sorted(request.activations))} of activations that stay float32", "add --activations int8"
+        )
+    first = {} if request.temporal_first is None else {"temporal": request.temporal_first}
+    reconstruct = _stage(
+        ReconstructConfig,
+        request.reconstruct,
+        bundle.reconstruct,
+        ("{} of a reconstruction that is not asked for", "add --reconstruct"),
+        first,
+    )
+    temporal_first = bundle.temporal_first if request.temporal_first is None else request.temporal_first
+    return Treatment(
+        quantize=QuantizeConfig(**_any({"distill": bundle.distill, **request.quantize})),
+        reparameterize=bundle.reparameterize if request.reparameterize is None else request.reparameterize,
+        reconstruct=reconstruct,
+        temporal_first=temporal_first and reconstruct is not None,
+        activations=ActivationConfig(**_any({**bundle.activations, **request.activations})) if quantized else None,
+        temporal_scales=_stage(
+            TemporalConfig,
+            request.temporal_scales,
+            bundle.temporal_scales and quantized,
+            ("{} of scales that are no function of time", "add --temporal-scales"),
+        ),
+        activation_steps=_stage(
+            StepsConfig,
+            request.activation_steps,
+            bundle.learn_steps and quantized,
+            ("{} of activation steps that are not learned", "add --learn-steps"),
+        ),
+        noise_correction=_stage(
+            NoiseCorrectionConfig,
+            request.noise_correction,
+            bundle.noise_correction,
+            ("noise {} of a prediction that stays as it is", "add --noise-correction"),
+        ),
+    )
+
+
+def _stage(
+    kind: type[Config], wish: Wish, by_method: bool, refusal: tuple[str, str], beside: Settings | None = None
+) -> Config | None:
+    """The stage's config, or None where it is left out: settings, and what is said ``beside`` them, are refused then.
+
+    ``refusal``: a message with a place for their names, and a hint.
+    """
+    if wish.asked if wish.asked is not None else by_method:
+        return kind(**_any(wish.settings))
+    unused = sorted({**wish.settings, **(beside or {})})
+    if unused:
+        raise ConfigError(refusal[0].format(", ".join(unused)), refusal[1])
+    return None
+
+
+def _any(settings: Settings) -> dict[str, Any]:
+    """``settings`` for a config, which checks them itself."""
+    return dict(settings)
