@@ -47,7 +47,6 @@ WHOLE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}  # one forma
 FREE: dict[str, Any] = {"granularity": f"{GRAINS},output", "scale": "float16"}
 TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", "codebook2", "ternary", "codebook1")
 TINY_BELOW = 1.75  # bits per weight, for which no plan without one-bit codes is small enough
-DISTILL = 1000
 SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, settings of the plan)
     "trajectory": ("runs", {"score": "trajectory", **FREE}),
     "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}),
@@ -67,8 +66,9 @@ SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, setti
     "reverse": ("loss", {"score": "reverse", **FREE}),
     "one width": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}),
 }
-DISTILLED = ", distilled"  # kept elements cannot be
-STRATEGIES = [*SCORES, *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name)]
+DISTILLED, LONGER = ", distilled", ", distilled longer"  # kept elements cannot be
+STEPS = {LONGER: 8000, DISTILLED: 1000}
+STRATEGIES = [*SCORES, *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name), f"trajectory{LONGER}"]
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,9 @@ def ours(
     runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], target: dict[str, Any], name: str
 ) -> Made | None:
     """The model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
-    role, settings = SCORES[name.removesuffix(DISTILLED)]
-    steps = DISTILL if name.endswith(DISTILLED) else 0
+    suffix = next((one for one in STEPS if name.endswith(one)), "")
+    role, settings = SCORES[name.removesuffix(suffix)]
+    steps = STEPS.get(suffix, 0)
     if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
         settings = {**settings, "formats": TINY}
     table, config = tables[role], PlanConfig("budget", **target, **settings)
