@@ -118,7 +118,7 @@ STAGES: Mapping[str, Stage] = {
         "comparison",
         "fqdiff.stages.compare:compare",
         ("dataset", "features", "baseline", "floor", "model*", "network*"),
-        schema=2,
+        schema=3,
     ),
 }
 

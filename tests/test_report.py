@@ -260,9 +260,22 @@ def test_one_model_is_told_apart_in_the_singular(report: Report) -> None:
     smaller = (report.row("baseline").file_bytes or 0) / (row.file_bytes or 1)
     assert lines[0].startswith(f"int2 against full: {smaller:.1f} times smaller; image MSE ")
     assert lines[1:] == [
-        "KID of 40 images tells from full: int2 (worse).",
-        "FID of 40 images does not tell int2 from full.",
+        "By KID of 40 images, int2 is worse than full.",
+        "FID of 40 images cannot tell int2 from full.",
     ]
+
+
+def test_the_verdict_says_plainly_what_a_lower_fid_is_worth(report: Report) -> None:
+    words = {"model1": "not worse", "model2": "not distinguishable", "model3": "worse", "model4": "worse"}
+    told = tuple(
+        replace(d, verdict=words[d.of]) if d.metric == "fid" and d.against == "baseline" and d.of in words else d
+        for d in report.comparison.differences
+    )
+    lines = verdict(replace(report, comparison=replace(report.comparison, differences=told)))
+    assert (
+        "By FID of 40 images, int2 and float32 are worse than full; groups differs from full by a lower FID, which is no "
+        "gain; int8 cannot be told from full." in lines
+    )
 
 
 def test_whole_sampler_runs_have_dots_in_the_place_of_a_map(report: Report) -> None:

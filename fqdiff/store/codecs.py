@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
-from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured, model_roles
+from fqdiff.evidence.comparison import (
+    BASELINE,
+    DISTRIBUTION,
+    FLOOR,
+    NETWORK,
+    PAIRED,
+    compared,
+    measured,
+    model_pairs,
+    model_roles,
+)
 from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, skip_boundaries
@@ -51,7 +61,7 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 PLAN_SCHEMA = 3
-COMPARISON_SCHEMA = 2
+COMPARISON_SCHEMA = 3
 LABEL_LIMIT = 65_536
 
 
@@ -452,10 +462,6 @@ def _check_comparison(value: Comparison) -> None:
     measures = [(metric, role) for metric in metrics for role in measured(metric, value.models, floor)]
     if sorted((m.metric, m.of) for m in value.measures) != sorted(measures):
         raise ValueError("it lacks a measure, or has one too many")
-    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
-    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
-    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
-        raise ValueError("it lacks a difference, or has one too many")
     if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
         raise ValueError("it has a verdict or a p-value that cannot be")
     roles = model_roles(value.models)
@@ -467,6 +473,12 @@ def _check_comparison(value: Comparison) -> None:
             raise ValueError("its curves have points of their own")
         for curve in curves:
             _check_curve(curve)
+    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
+    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
+    for metric, curves in zip(NETWORK, (value.noise_error, value.divergence), strict=True):
+        pairs += [(metric, *pair) for pair in model_pairs([curve.of for curve in curves])]
+    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
+        raise ValueError("it lacks a difference, or has one too many")
     if bool(value.divergence) != bool(value.sampler):
         raise ValueError(f"it has {len(value.divergence)} sampler runs, of the sampler '{value.sampler[:50]}'")
 
