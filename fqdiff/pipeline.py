@@ -113,7 +113,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",), shard="fqdiff.stages.sample:sample_shard"),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
-    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
+    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline"), schema=2),
     "compare": Stage(
         "comparison",
         "fqdiff.stages.compare:compare",

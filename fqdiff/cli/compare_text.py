@@ -18,7 +18,7 @@ from fqdiff.report.words import (
 )
 
 if TYPE_CHECKING:
-    from fqdiff.evidence.comparison import Difference
+    from fqdiff.evidence.comparison import Difference, Measure
     from fqdiff.values import Comparison, Curve
 
 
@@ -50,9 +50,9 @@ def models_of(value: "Comparison") -> list[str]:
     return model_roles(value.models)
 
 
-def cells(value: "Comparison", role: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Value and half interval of each metric; empty where it was not measured."""
-    found = {m.metric: m for m in value.measures if m.of == role}
+def cells(measures: "Sequence[Measure]", role: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Value and half interval of each metric of ``role``; empty where it was not measured."""
+    found = {m.metric: m for m in measures if m.of == role}
     out = []
     for metric, (_, form) in columns.items():
         m = found.get(metric)
@@ -69,7 +69,7 @@ def paired_table(value: "Comparison", labels: Mapping[str, str]) -> str:
         error = value.measure("image_mse", role).value
         whole = value.measure("image_mse", "floor").value if value.floor_seed is not None else 0.0
         share = "identical" if error == 0 else f"{error / whole:.3%}" if whole > 0 else ""
-        body.append([labels[role], *cells(value, role, PAIRED_COLUMNS), share])
+        body.append([labels[role], *cells(value.measures, role, PAIRED_COLUMNS), share])
     return table(header, body)
 
 
@@ -127,7 +127,7 @@ def distribution_table(value: "Comparison", labels: Mapping[str, str]) -> str:
     measured = {m.metric for m in value.measures}
     columns = {metric: column for metric, column in DISTRIBUTION_COLUMNS.items() if metric in measured}
     header = ["model", *(name for name, _ in columns.values())]
-    return table(header, [[label, *cells(value, role, columns)] for role, label in labels.items()])
+    return table(header, [[label, *cells(value.measures, role, columns)] for role, label in labels.items()])
 
 
 def difference_table(value: "Comparison", labels: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from fqdiff.evidence.paired import feature_distance, image_mse, psnr, ssim
 from fqdiff.evidence.resampling import mean_draws
 
 BASELINE, FLOOR = "baseline", "floor"
+MODEL = "model1"  # the only one, where there is only one
 NETWORK = ("noise_error", "divergence")  # of the models themselves, measured in sensitivity.curves
 PAIRED = ("image_mse", "psnr", "ssim", "feature_distance")
 MANIFOLD = ("precision", "recall", "density", "coverage")

@@ -16,6 +16,7 @@ from fqdiff.evidence.comparison import (
     BASELINE,
     DISTRIBUTION,
     FLOOR,
+    MODEL,
     NETWORK,
     PAIRED,
     compared,
@@ -434,7 +435,16 @@ def save_metrics(value: FidResult, directory: Path) -> None:
 def load_metrics(directory: Path) -> FidResult:
     path = directory / "metrics.json"
     with readable(path, "a FID result"):
-        return record(FidResult, read_json(path))
+        value = record(FidResult, read_json(path))
+        places = [(m.metric, m.of) for m in value.measures]
+        known = {(metric, of) for metric in DISTRIBUTION for of in (MODEL, BASELINE)}
+        if len(set(places)) < len(places) or not known >= set(places):
+            raise ValueError("it measures something twice, or something unknown")
+        if any(not m.low <= m.value <= m.high or m.standard_error < 0 for m in value.measures):
+            raise ValueError("a value is outside of its interval")
+        if ("fid", MODEL) not in places or value.measure("fid").value != value.fid:
+            raise ValueError("its FID is not the one that it measured")
+        return value
 
 
 def save_comparison(value: Comparison, directory: Path) -> None:
