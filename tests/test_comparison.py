@@ -421,6 +421,19 @@ class Halves(torch.nn.Module):
         return torch.stack([x[:, 0, :, :4].mean(dim=(1, 2)), x[:, 0, :, 4:].mean(dim=(1, 2))], dim=1)
 
 
+class Classes(torch.nn.Module):
+    """Features, and logits of two classes: the brighter half."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        halves = torch.stack([x[:, 0, :, :4].mean(dim=(1, 2)), x[:, 0, :, 4:].mean(dim=(1, 2))], dim=1)
+        return x.flatten(1), 9 * halves
+
+
+class Three(torch.nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return x.flatten(1), 3
+
+
 class Whole(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -453,6 +466,27 @@ def test_a_network_that_gives_no_features_is_one_clear_error(
     network = load_torchscript(saved(module, tmp_path / "network.pt"))
     with pytest.raises(DataError, match=message):
         network.extract(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_a_network_that_gives_logits_too_has_an_inception_score(
+    real: Dataset, sets: dict[str, SampleSet], tmp_path: Path
+) -> None:
+    """Rejects probabilities that are the logits, or their first ones: by hand for images whose class is sure."""
+    network = load_torchscript(saved(Classes(), tmp_path / "classes.pt"))
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    images[:2, :, :, 4:] = images[2:, :, :, :4] = 255
+    assert network.extract(images).shape == (4, 64)
+    assert network.probabilities is not None
+    sure = 1 / (1 + math.exp(-18))
+    assert network.probabilities(images)[0].tolist() == pytest.approx([1 - sure, sure], rel=1e-5)
+    assert load_torchscript(saved(Halves(), tmp_path / "halves.pt")).probabilities is None
+    reduced = replace(network, extract=lambda x: network.extract(x)[:, ::7])
+    found = compare(real, reduced, sets["baseline"], None, [sets["dark"]], [], CONFIG, 0, Context())
+    assert 1 <= found.measure("inception_score", "model1").value <= 2
+    odd = load_torchscript(saved(Three(), tmp_path / "three.pt"))
+    assert odd.probabilities is not None
+    with pytest.raises(DataError, match=r"fails on images \(1, 8, 8\)"):
+        odd.probabilities(images)
 
 
 def test_files_that_are_no_torchscript_are_one_clear_error(tmp_path: Path) -> None:
