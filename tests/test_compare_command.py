@@ -208,7 +208,7 @@ def test_a_network_of_ones_own_gives_the_features(store: Path, tmp_path: Path) -
         (["full", "int8", "--features", "clip"], 2, "unknown features 'clip'"),
         (["full", "int8", "--features", "torchscript:/no/such.pt"], 1, "no feature network at /no/such.pt"),
         (["SAMPLES", "int8", "--steps", "9"], 2, "--steps beside samples"),
-        (["SAMPLES", "OTHER"], 1, "have steps 3, the baseline's"),
+        (["SAMPLES", "OTHER"], 1, "were made with steps 3, the baseline's"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(
