@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fqdiff.evidence.comparison import BASELINE, FLOOR
-from fqdiff.report.data import ModelRow, Report
+from fqdiff.report.data import ModelRow, Report, mean_fisher
 from fqdiff.report.words import (
     DISTRIBUTION_COLUMNS,
     NETWORK_COLUMNS,
@@ -14,7 +14,7 @@ from fqdiff.report.words import (
     pair_columns,
     times_smaller,
 )
-from fqdiff.values import Comparison, Curve
+from fqdiff.values import Comparison, Curve, Plan
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Table:
 def tables(report: Report) -> list[Table]:
     """All of the report's tables."""
     metrics = [paired_table(report), distribution_table(report), pair_table(report)]
-    return [model_table(report), *metrics, *decile_tables(report)]
+    return [model_table(report), *metrics, *decile_tables(report), *plan_tables(report)]
 
 
 def model_table(report: Report) -> Table:
@@ -59,7 +59,7 @@ def model_table(report: Report) -> Table:
         )
         for row in report.rows
     ]
-    header += (f"FID minus baseline's [{value.level:.0%}]", "FID tells")
+    header += (f"FID minus baseline's [{value.level:.0%}]", "verdict by FID")
     return Table("Models", header, tuple(rows))
 
 
@@ -120,6 +120,43 @@ def pair_table(report: Report) -> Table:
     title = f"difference [{report.comparison.level:.0%}]"
     header = ("model", "against", "metric", title, "adjusted p", "verdict", "N that would tell")
     return Table("Every pair", header, rows)
+
+
+def plan_groups(report: Report) -> list[dict[str, Plan]]:
+    """The plans by label, those of one architecture together."""
+    groups: dict[tuple[str, ...], dict[str, Plan]] = {}
+    for role, plan in report.plans.items():
+        groups.setdefault(tuple(e.parameter for e in plan.entries), {})[report.labels[role]] = plan
+    return list(groups.values())
+
+
+def fisher_values(report: Report) -> dict[str, float]:
+    """Fisher value of each weight tensor, of the first table that has it."""
+    values: dict[str, float] = {}
+    for subject in reversed(list(report.fisher.values())):
+        values |= mean_fisher(subject)
+    return values
+
+
+def plan_tables(report: Report) -> list[Table]:
+    """The format of each weight tensor in every plan, beside its Fisher value; a table for each architecture."""
+    values, groups = fisher_values(report), plan_groups(report)
+    found = []
+    for number, plans in enumerate(groups, start=1):
+        rows = [
+            (
+                _word(first.parameter),
+                _word(first.block),
+                _number(values.get(first.parameter), ".2e"),
+                *(Cell(entry.format_label, entry.code_bits) for entry in entries),
+            )
+            for first, *others in zip(*(plan.entries for plan in plans.values()), strict=True)
+            if len(first.shape) >= 2
+            for entries in [(first, *others)]
+        ]
+        title = "Format of each weight tensor" + (f", architecture {number}" if len(groups) > 1 else "")
+        found.append(Table(title, ("weight tensor", "block", "Fisher value", *plans), tuple(rows)))
+    return found
 
 
 def decile_tables(report: Report) -> list[Table]:
