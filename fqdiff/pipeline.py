@@ -113,12 +113,12 @@ STAGES: Mapping[str, Stage] = {
     ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",), shard="fqdiff.stages.sample:sample_shard"),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
-    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
+    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline"), schema=2),
     "compare": Stage(
         "comparison",
         "fqdiff.stages.compare:compare",
         ("dataset", "features", "baseline", "floor", "model*", "network*"),
-        schema=2,
+        schema=3,
     ),
 }
 
@@ -172,13 +172,17 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Runner:
-    """A store with all it takes to run stages on it. ``say`` gets one line per event, such as what was found or made."""
+    """A store with all it takes to run stages on it. ``say`` gets one line per event, such as what was found or made.
+
+    ``command`` and ``settings``, the text of the TOML file that it was given, are kept with what is made.
+    """
 
     store: Store
     context: Context = field(default_factory=Context)
     say: Callable[[str], None] = lambda line: None
     command: str = ""
     force: bool = False
+    settings: str = ""
     _loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
     _made: set[tuple[str, str]] = field(default_factory=set)
 
@@ -282,6 +286,7 @@ class Runner:
             environment(str(self.context.device)),
             round(seconds, 3),
             peak_memory(),
+            self.settings,
         )
         try:
             directory = self.store.temporary(recipe.kind)

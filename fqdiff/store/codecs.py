@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
-from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured, model_roles
+from fqdiff.evidence.comparison import (
+    BASELINE,
+    DISTRIBUTION,
+    FLOOR,
+    MODEL,
+    NETWORK,
+    PAIRED,
+    compared,
+    measured,
+    model_pairs,
+    model_roles,
+)
 from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, skip_boundaries
@@ -51,7 +62,7 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 PLAN_SCHEMA = 3
-COMPARISON_SCHEMA = 2
+COMPARISON_SCHEMA = 3
 LABEL_LIMIT = 65_536
 
 
@@ -424,7 +435,16 @@ def save_metrics(value: FidResult, directory: Path) -> None:
 def load_metrics(directory: Path) -> FidResult:
     path = directory / "metrics.json"
     with readable(path, "a FID result"):
-        return record(FidResult, read_json(path))
+        value = record(FidResult, read_json(path))
+        places = [(m.metric, m.of) for m in value.measures]
+        known = {(metric, of) for metric in DISTRIBUTION for of in (MODEL, BASELINE)}
+        if len(set(places)) < len(places) or not known >= set(places):
+            raise ValueError("it measures something twice, or something unknown")
+        if any(not m.low <= m.value <= m.high or m.standard_error < 0 for m in value.measures):
+            raise ValueError("a value is outside of its interval")
+        if ("fid", MODEL) not in places or value.measure("fid").value != value.fid:
+            raise ValueError("its FID is not the one that it measured")
+        return value
 
 
 def save_comparison(value: Comparison, directory: Path) -> None:
@@ -452,10 +472,6 @@ def _check_comparison(value: Comparison) -> None:
     measures = [(metric, role) for metric in metrics for role in measured(metric, value.models, floor)]
     if sorted((m.metric, m.of) for m in value.measures) != sorted(measures):
         raise ValueError("it lacks a measure, or has one too many")
-    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
-    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
-    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
-        raise ValueError("it lacks a difference, or has one too many")
     if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
         raise ValueError("it has a verdict or a p-value that cannot be")
     roles = model_roles(value.models)
@@ -467,6 +483,12 @@ def _check_comparison(value: Comparison) -> None:
             raise ValueError("its curves have points of their own")
         for curve in curves:
             _check_curve(curve)
+    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
+    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
+    for metric, curves in zip(NETWORK, (value.noise_error, value.divergence), strict=True):
+        pairs += [(metric, *pair) for pair in model_pairs([curve.of for curve in curves])]
+    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
+        raise ValueError("it lacks a difference, or has one too many")
     if bool(value.divergence) != bool(value.sampler):
         raise ValueError(f"it has {len(value.divergence)} sampler runs, of the sampler '{value.sampler[:50]}'")
 
