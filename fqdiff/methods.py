@@ -35,6 +35,20 @@ class Bundle:
     scheme: str = ""
     split_weights: bool = False
 
+    @property
+    def is_of_activations(self) -> bool:
+        """Whether it sets, and asks for, nothing but what is about activations."""
+        return not (
+            self.distill
+            or self.reconstruct
+            or self.reparameterize
+            or self.noise_correction
+            or self.strategy
+            or self.ranges
+            or self.roundings
+            or self.split_weights
+        ) and bool(self.activations)
+
     def flags(self, activations: bool) -> tuple[str, ...]:
         """The same as flags of ``fqdiff quantize``; those of activations only where these are quantized."""
         found = []
