@@ -192,7 +192,7 @@ METHODS: Mapping[str, Method] = {
             ("fqdiff calibrate", "fqdiff quantize --method tfmq [--activations int8]"),
             "the time embedding and all its projections reconstructed first, as one block over all timesteps, then the other "
             "blocks; ranges of activations for each interval of timesteps, from that interval's inputs alone; the inputs of "
-            "layers that depend on t alone stay in full precision, since their outputs can be computed once for each t",
+            "layers that depend on t alone stay in full precision, and samplers compute their outputs once for each t",
             "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width; "
             "1,000 iterations, where the code takes 20,000; those layers' weights are stored as the plan says, since a table of "
             "their outputs for all t would be larger than they are",

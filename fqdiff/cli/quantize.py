@@ -217,7 +217,7 @@ def quantize(
         bool | None,
         typer.Option(
             "--quantize-temporal/--tabulate-temporal",
-            help="Whether inputs of layers that depend on t alone are quantized; else these are meant for a table over t.",
+            help="Whether inputs of layers that depend on t alone are quantized; else samplers compute these once for each t.",
             show_default="quantize",
             rich_help_panel=ACTIVATIONS,
         ),

@@ -196,8 +196,8 @@ class ActivationConfig:
 
     ``range``: what the codes span. ``intervals`` of timesteps with scales of their own. ``softmax``: how the codes of softmax
     outputs lie, in as many bits as ``format`` has. ``split_skips``: layers that are given a joined skip have one scale on either
-    side. ``temporal``: whether inputs of layers that depend on t alone are quantized too; without, what these put out is meant
-    to be computed beforehand, once for each t. ``first``, ``last``: format of the first layer's input and of the network's
+    side. ``temporal``: whether inputs of layers that depend on t alone are quantized too; without, samplers compute what these
+    put out once for each t. ``first``, ``last``: format of the first layer's input and of the network's
     output, empty for none. ``dynamic``: every input is quantized by its own minimum and maximum, and nothing is calibrated.
     """
 
