@@ -121,7 +121,8 @@ METHODS: Mapping[str, Method] = {
                 "fqdiff calibrate --scheme ndtc",
                 "fqdiff quantize --method ptq4dm --activations int8",
             ),
-            "calibration along the full-precision sampler at timesteps from a skewed normal; ranges of least squared error",
+            "calibration along the full-precision sampler at timesteps from a normal cut off at both ends, 0.4 T its mean and "
+            "its spread, as in the script; --skew makes it the paper's skew-normal; ranges of least squared error",
             "timesteps beyond the ends are drawn again, where the script clamps them into spikes at both; every x_t goes with "
             "its own t, where the script pairs it with the number of the step, counted from noise; squared errors, not |x|^2.4",
             bundle=Bundle(
@@ -212,7 +213,9 @@ METHODS: Mapping[str, Method] = {
             "scales by channel folded into the norm before and the layer behind, where that is exact; softmax in log sqrt 2",
             "through ReLU only factors go, no shifts; a network with SiLU is refused with the reason, since silu(x / r) is not "
             "silu(x) / r. Ranges are those of least squared error, where the paper picks the best of three percentiles",
-            bundle=Bundle({"range": "mse", "softmax": "log-sqrt2", "split_skips": False}, reparameterize=True),
+            "scales folded into norms of a network with SiLU, which every preset but paper is. The other parts are there by "
+            "flag: --softmax log-sqrt2, and --activation-granularity channel for the scales that could not be folded",
+            Bundle({"range": "mse", "softmax": "log-sqrt2", "split_skips": False}, reparameterize=True),
         ),
         Method(
             "fisher",

@@ -203,6 +203,20 @@ def _header(path: Path) -> Any:
     return json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fqdiff"])
 
 
+def test_the_parts_of_repq_that_silu_lets_through_are_there_by_flag(store: Path) -> None:
+    flags = re.findall(r"--[a-z-]+ [a-z0-9-]+", METHODS["repq"].missing)
+    assert flags == ["--softmax log-sqrt2", "--activation-granularity channel"]
+    made: Any = good(store, "quantize", "int4", *INT8, *" ".join(flags).split(), "--calibration", "uniform")
+    found = {(a["format"], a["granularity"]) for a in _header(Path(made["file"]))["activations"]}
+    assert found == {("int8", "channel"), ("logsqrt2_8", "channel")}
+
+
+def test_ndtc_is_said_to_be_what_its_defaults_make_it() -> None:
+    """Rejects a table that promises a skewed distribution where the default has no skew."""
+    assert (CalibrateConfig.location, CalibrateConfig.spread, CalibrateConfig.skew) == (0.4, 0.4, 0.0)
+    assert "normal cut off at both ends, 0.4 T its mean and its spread" in METHODS["ptq4dm"].implemented
+
+
 def test_a_method_makes_a_model(store: Path) -> None:
     made = good(store, "quantize", "int4", "--method", "ptqd", "--noise-intervals", "2", "--calibration", "uniform")
     assert made["noise_correction_bytes"]
