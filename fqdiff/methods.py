@@ -35,6 +35,20 @@ class Bundle:
     scheme: str = ""
     split_weights: bool = False
 
+    @property
+    def is_of_activations(self) -> bool:
+        """Whether it sets, and asks for, nothing but what is about activations."""
+        return not (
+            self.distill
+            or self.reconstruct
+            or self.reparameterize
+            or self.noise_correction
+            or self.strategy
+            or self.ranges
+            or self.roundings
+            or self.split_weights
+        ) and bool(self.activations)
+
     def flags(self, activations: bool) -> tuple[str, ...]:
         """The same as flags of ``fqdiff quantize``; those of activations only where these are quantized."""
         found = []
@@ -107,7 +121,8 @@ METHODS: Mapping[str, Method] = {
                 "fqdiff calibrate --scheme ndtc",
                 "fqdiff quantize --method ptq4dm --activations int8",
             ),
-            "calibration along the full-precision sampler at timesteps from a skewed normal; ranges of least squared error",
+            "calibration along the full-precision sampler at timesteps from a normal cut off at both ends, 0.4 T its mean and "
+            "its spread, as in the script; --skew makes it the paper's skew-normal; ranges of least squared error",
             "timesteps beyond the ends are drawn again, where the script clamps them into spikes at both; every x_t goes with "
             "its own t, where the script pairs it with the number of the step, counted from noise; squared errors, not |x|^2.4",
             bundle=Bundle(
@@ -178,7 +193,7 @@ METHODS: Mapping[str, Method] = {
             ("fqdiff calibrate", "fqdiff quantize --method tfmq [--activations int8]"),
             "the time embedding and all its projections reconstructed first, as one block over all timesteps, then the other "
             "blocks; ranges of activations for each interval of timesteps, from that interval's inputs alone; the inputs of "
-            "layers that depend on t alone stay in full precision, since their outputs can be computed once for each t",
+            "layers that depend on t alone stay in full precision, and samplers compute their outputs once for each t",
             "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width; "
             "1,000 iterations, where the code takes 20,000; those layers' weights are stored as the plan says, since a table of "
             "their outputs for all t would be larger than they are",
@@ -198,7 +213,9 @@ METHODS: Mapping[str, Method] = {
             "scales by channel folded into the norm before and the layer behind, where that is exact; softmax in log sqrt 2",
             "through ReLU only factors go, no shifts; a network with SiLU is refused with the reason, since silu(x / r) is not "
             "silu(x) / r. Ranges are those of least squared error, where the paper picks the best of three percentiles",
-            bundle=Bundle({"range": "mse", "softmax": "log-sqrt2", "split_skips": False}, reparameterize=True),
+            "scales folded into norms of a network with SiLU, which every preset but paper is. The other parts are there by "
+            "flag: --softmax log-sqrt2, and --activation-granularity channel for the scales that could not be folded",
+            Bundle({"range": "mse", "softmax": "log-sqrt2", "split_skips": False}, reparameterize=True),
         ),
         Method(
             "fisher",

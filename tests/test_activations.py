@@ -771,7 +771,7 @@ def test_the_command_quantizes_both_and_every_byte_is_accounted_for(tmp_path: Pa
     assert good(store, "quantize", "int4", "--config", str(config), "--dry-run")["id"] == made["id"]
     for arguments, message in (
         (("--softmax", "log2"), "softmax of activations that stay float32"),
-        (("--calibration", "inputs"), "calibration of activations that stay float32"),
+        (("--calibration", "inputs"), "a calibration set that nothing learns from"),
         (("--activations", "int8", "--dynamic", "--calibration", "inputs"), "no use for a calibration set"),
         (("--activations", "int7"), "unknown activation format 'int7'"),
         (

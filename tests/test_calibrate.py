@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fqdiff.calibration.inputs import CHUNK, Sampler, record_runs, sampler_inputs
 from fqdiff.calibration.schemes import chosen_steps
-from fqdiff.configs import CalibrateConfig
+from fqdiff.configs import CalibrateConfig, calibration_settings
 from fqdiff.context import Context, MemoryParts
 from fqdiff.diffusion.samplers import ddim, ddpm, sampling_timesteps
 from fqdiff.diffusion.schedule import add_noise
@@ -59,6 +59,23 @@ def test_thirds_of_a_run_are_disjoint_and_late_is_near_the_image(
     assert 20 * third <= int(steps.min()) <= int(steps.max()) < 20 * (third + 1)
     t = make(checkpoint, config).t
     assert (2 - third) * 1000 / 3 - 20 < int(t.min()) <= int(t.max()) < (3 - third) * 1000 / 3
+
+
+@pytest.mark.parametrize(("scheme", "kept"), [("early", 16), ("middle", 17), ("late", 17)])
+def test_by_default_a_third_keeps_at_most_all_its_steps(scheme: str, kept: int) -> None:
+    """Rejects the default of all runs, 20 timesteps, which no third of the default 50 steps has. What is given stays."""
+    assert calibration_settings({"scheme": scheme}, 1000) == {"scheme": scheme, "timesteps": kept}
+    assert (
+        chosen_steps(CalibrateConfig(**calibration_settings({"scheme": scheme}, 1000)), 0)[0].unique().numel() == kept
+    )
+    assert calibration_settings({"scheme": scheme, "steps": 300}, 1000)["timesteps"] == 20
+    assert calibration_settings({"scheme": scheme, "timesteps": 18}, 1000) == {"scheme": scheme, "timesteps": 18}
+
+
+def test_other_schemes_keep_the_defaults_of_their_recipes() -> None:
+    assert CalibrateConfig(**calibration_settings({}, 1000)) == CalibrateConfig()
+    assert calibration_settings({"scheme": "ndtc", "sampler": "ddpm"}, 400)["steps"] == 400
+    assert calibration_settings({"scheme": "late", "sampler": "ddpm"}, 12)["timesteps"] == 4
 
 
 def test_more_timesteps_than_steps_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import fqdiff
@@ -99,3 +100,10 @@ def test_nothing_unpickles() -> None:
 def test_torchvision_is_imported_in_one_place() -> None:
     importing = [p.name for p in module_files() if "import torchvision" in p.read_text()]
     assert importing == ["torchvision.py"]
+
+
+def test_every_package_is_installed() -> None:
+    """Rejects a wheel without a folder that the source tree has: from a checkout nobody sees that it is missing."""
+    listed = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT.parent) for path in ROOT.rglob("__init__.py")}
+    assert {".".join(folder.parts) for folder in folders} | {"fqdiff.checkpoints"} == set(listed)

@@ -15,6 +15,7 @@ from fqdiff.configs import ActivationConfig, CalibrateConfig
 from fqdiff.diffusion.samplers import sampling_timesteps
 from fqdiff.methods import METHODS
 from fqdiff.quant.timestep_bias import interval_of
+from fqdiff.treatment import feasible
 from tests.test_cli import call, good
 
 NAMES = ["linear", "squant", "ptq4dm", "q-diffusion", "ptqd", "tdq", "tfmq", "repq", "fisher"]
@@ -34,6 +35,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = ("--steps", "4", "--timesteps", "4", "--samples", "2")
     good(folder, "calibrate", "one", *few, "--name", "uniform")
     good(folder, "calibrate", "one", *few, "--scheme", "ndtc", "--name", "ndtc")
+    good(folder, "plan", "--uniform", "codebook4", "--name", "codebooks")
+    ends = ("--scheme", "late", "--steps", "6", "--timesteps", "2", "--samples", "2")
+    good(folder, "calibrate", "one", *ends, "--name", "late")
+    good(folder, "calibrate", "one", "--steps", "1", "--timesteps", "1", "--samples", "1", "--name", "single")
+    good(folder, "calibrate", "one", "--steps", "40", "--timesteps", "40", "--samples", "2", "--name", "many")
     return folder
 
 
@@ -61,8 +67,13 @@ def test_every_command_and_flag_that_makes_a_method_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("activations", [(), ("--activations", "int8")], ids=["weights", "both"])
-def test_a_bundle_is_the_flags_that_it_prints(store: Path, name: str, activations: tuple[str, ...]) -> None:
-    sets = "ndtc" if name == "ptq4dm" else "uniform"
+def test_a_bundle_is_the_flags_that_it_prints(
+    store: Path, name: str, activations: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if METHODS[name].bundle.is_of_activations and not activations:
+        return
+    monkeypatch.setattr(feasible, "check_reparameterization", lambda places: None)  # SiLU, but nothing is made
+    sets = "ndtc" if name == "ptq4dm" else "many"
     plan, bundle = PLANS.get(name, "int4"), METHODS[name].bundle
     ActivationConfig(**bundle.activations)  # type: ignore[arg-type]
     uses_inputs = bool(activations) or bundle.reconstruct or bundle.reparameterize or bundle.noise_correction
@@ -71,7 +82,8 @@ def test_a_bundle_is_the_flags_that_it_prints(store: Path, name: str, activation
     flags = bundle.flags(bool(activations))
     assert by_name["bundle"] == list(flags)
     assert good(store, "quantize", plan, *" ".join(flags).split(), *common)["id"] == by_name["id"]
-    assert f"{name} is {' '.join(flags)}".strip() in call(store, "quantize", plan, "--method", name, *common).stdout
+    shown = f"{name} is {' '.join(flags) or 'its plan, as it is'}"
+    assert shown in call(store, "quantize", plan, "--method", name, *common).stdout
 
 
 @pytest.mark.parametrize(
@@ -87,6 +99,19 @@ def test_a_bundle_is_the_flags_that_it_prints(store: Path, name: str, activation
             ("by-mse", "--method", "ptq4dm", "--activations", "int8", "--calibration", "uniform"),
             "ptq4dm calibrates by ndtc",
         ),
+        (("codebooks", "--method", "linear"), "linear is about integers, of which the plan has none"),
+        (("codebooks", "--method", "squant"), "squant is about integers, of which the plan has none"),
+        (("int4", "--method", "tdq"), "tdq is about activations, and these stay float32"),
+        (("int4", "--method", "tdq", "--activations", "int8", "--dynamic"), "tdq calibrates the ranges of activations"),
+        (("int4", "--method", "linear", "--activations", "int8", "--dynamic"), "linear calibrates the ranges"),
+        (
+            ("split", "--method", "q-diffusion", "--no-reconstruct", "--calibration", "uniform"),
+            "a calibration set that nothing learns from",
+        ),
+        (
+            ("int4", "--activations", "int8", "--activation-first", "float16", "--calibration", "uniform"),
+            "unknown format of the first layer's input 'float16'",
+        ),
     ],
 )
 def test_what_a_method_is_not_is_refused(store: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -94,6 +119,54 @@ def test_what_a_method_is_not_is_refused(store: Path, arguments: tuple[str, ...]
     assert refused.exit_code == 2
     assert message in refused.stderr
     assert "hint: " in refused.stderr
+
+
+INT8 = ("--activations", "int8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("int4", "--method", "tfmq", *INT8, "--calibration", "uniform"), "16 of 20 intervals of timesteps hold no"),
+        (("int4", "--method", "tdq", *INT8, "--calibration", "late"), "18 of 20 intervals of timesteps hold no"),
+        (("int4", "--method", "ptqd", "--calibration", "late"), "8 of 10 intervals of timesteps hold no"),
+        (("codebooks", "--method", "tfmq", "--calibration", "uniform"), "tfmq is about integers"),
+        (("codebooks", "--reconstruct", "--calibration", "uniform"), "no weight of this model is an integer"),
+        (("int4", "--method", "repq", *INT8, "--calibration", "uniform"), "silu stands between"),
+        (("int4", "--reconstruct", "--calibration", "single"), "one calibration input is too few to reconstruct on"),
+        (
+            ("int4", *INT8, "--learn-steps", "--calibration", "single"),
+            "one calibration input is too few to learn steps on",
+        ),
+        (
+            ("int4", *INT8, "--activation-intervals", "2", "--temporal-scales", "--temporal-intervals", "1001",
+             "--calibration", "uniform"),
+            "1001 intervals of 1000 timesteps",
+        ),
+        (
+            ("int4", "--bias-correction", "timestep", "--calibration-steps", "4"),
+            "10 intervals for 4 calibration steps leave one without any",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_later_stage_would_refuse_is_named_before_the_first_begins(
+    store: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    """Rejects a reconstruction that is stored, and minutes, before its activations turn out to have no inputs."""
+    before = sorted(store.rglob("*"))
+    for more in (("--dry-run",), ()):
+        refused = call(store, "quantize", *arguments, *more)
+        assert refused.exit_code in (1, 2)
+        assert message in refused.stderr.splitlines()[0]
+        assert "hint: " in refused.stderr
+    assert sorted(store.rglob("*")) == before
+
+
+def test_what_is_there_is_found_without_a_look_at_its_inputs(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = good(store, "quantize", "int4")
+    monkeypatch.setattr(feasible, "check_feasible", None)
+    assert good(store, "quantize", "int4", "--dry-run")["exists"]
+    assert good(store, "quantize", "int4")["id"] == made["id"]
 
 
 def test_a_flag_goes_over_its_method(store: Path) -> None:
@@ -128,6 +201,20 @@ def test_fisher_distills_before_it_quantizes_activations(store: Path) -> None:
 def _header(path: Path) -> Any:
     content = path.read_bytes()
     return json.loads(json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]["fqdiff"])
+
+
+def test_the_parts_of_repq_that_silu_lets_through_are_there_by_flag(store: Path) -> None:
+    flags = re.findall(r"--[a-z-]+ [a-z0-9-]+", METHODS["repq"].missing)
+    assert flags == ["--softmax log-sqrt2", "--activation-granularity channel"]
+    made: Any = good(store, "quantize", "int4", *INT8, *" ".join(flags).split(), "--calibration", "uniform")
+    found = {(a["format"], a["granularity"]) for a in _header(Path(made["file"]))["activations"]}
+    assert found == {("int8", "channel"), ("logsqrt2_8", "channel")}
+
+
+def test_ndtc_is_said_to_be_what_its_defaults_make_it() -> None:
+    """Rejects a table that promises a skewed distribution where the default has no skew."""
+    assert (CalibrateConfig.location, CalibrateConfig.spread, CalibrateConfig.skew) == (0.4, 0.4, 0.0)
+    assert "normal cut off at both ends, 0.4 T its mean and its spread" in METHODS["ptq4dm"].implemented
 
 
 def test_a_method_makes_a_model(store: Path) -> None:

@@ -507,7 +507,7 @@ def test_the_command_reconstructs_before_activations_are_quantized(tmp_path: Pat
         (("--reconstruct-iterations", "3"), "reconstruction that is not asked for"),
         (("--reconstruct", "--distill", "5"), "weights distilled before their rounding is learned"),
         (("--reconstruct", "--bias-correction", "static"), "biases corrected before"),
-        (("--calibration", "inputs"), "calibration of activations that stay float32"),
+        (("--calibration", "inputs"), "a calibration set that nothing learns from"),
         (("--reconstruct", "--reconstruct-rate", "2"), "rate is 2"),
     ):
         refused = call(store, "quantize", "int4", *arguments)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
-from fqdiff.errors import ConfigError, NumericalError
+from fqdiff.calibration.requirements import check_intervals
+from fqdiff.errors import NumericalError
 from fqdiff.quant.activation_sites import grouped, site_axis, watching
 from fqdiff.quant.phases import PhasedNetwork
 from fqdiff.quant.timestep_bias import interval_of
@@ -78,12 +79,8 @@ def observe(
     ``index`` int64 [N]: the interval of each input, of ``intervals``. ``tick`` is told of every input of every pass,
     :func:`passes` of them. Raises ConfigError where an interval holds no input, NumericalError on NaN or infinity.
     """
+    check_intervals(index, intervals, "--activation-intervals")
     number = index.bincount(minlength=intervals)
-    if not number.all():
-        raise ConfigError(
-            f"{int((number == 0).sum())} of {intervals} intervals of timesteps hold no calibration input",
-            "use fewer --activation-intervals, or a set with more timesteps",
-        )
     found: dict[str, Observed] = {}
     for sites in passes(parts, intervals, len(inputs), keep_numbers):
         chosen = {site: parts[site] for site in sites}

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fqdiff.calibration.inputs import CalibrationInputs, sampler_inputs
+from fqdiff.calibration.requirements import check_bias_intervals
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, QuantizationError
+from fqdiff.errors import QuantizationError
 from fqdiff.quant.packed import PackedTensor, pack_tensor, unpack_tensor
 from fqdiff.quant.timestep_bias import DTYPE, LAYERS, channel_axis, interval_of
 from fqdiff.values import Checkpoint
@@ -65,11 +66,8 @@ def correct_bias(
             spec, network, config.calibration_images, config.calibration_steps, seed, device, bar.update
         )
         total = spec.noise_schedule().num_train_timesteps
-        if len(interval_of(inputs.t, intervals, total).unique()) < intervals:
-            raise ConfigError(
-                f"{intervals} intervals for {config.calibration_steps} calibration steps leave one without any",
-                "use fewer --bias-intervals, or more --calibration-steps",
-            )
+        if by_timestep:
+            check_bias_intervals(inputs.t, config, total)
         shifts = output_shifts(network, errors, inputs, intervals, total, bar.update)
     corrected, tables = dict(packed), {}
     for name, shift in shifts.items():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fqdiff.calibration.inputs import CalibrationInputs
-from fqdiff.errors import ConfigError, NumericalError
+from fqdiff.calibration.requirements import check_intervals
+from fqdiff.errors import NumericalError
 from fqdiff.quant.noise_correction import NoiseCorrection
 from fqdiff.quant.timestep_bias import interval_of
 
@@ -75,12 +76,7 @@ def measure_correction(
     ``tick`` is told of every input. Raises ConfigError where an interval holds no input, NumericalError on NaN or infinity.
     """
     index = interval_of(inputs.t, intervals, num_train_timesteps)
-    empty = int((index.bincount(minlength=intervals) == 0).sum())
-    if empty:
-        raise ConfigError(
-            f"{empty} of {intervals} intervals of timesteps hold no calibration input",
-            "use fewer --noise-intervals, or a set with more timesteps",
-        )
+    check_intervals(index, intervals, "--noise-intervals")
     device = next(exact.parameters()).device
     moments = Moments.empty(intervals, inputs.x_t.shape[1])
     with torch.inference_mode():

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
 from fqdiff.calibration.repeated import Repeated
+from fqdiff.calibration.requirements import check_enough
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Bar, Context, Part
 from fqdiff.errors import ConfigError, NumericalError
@@ -228,8 +229,7 @@ def learn_block(
     """
     held = torch.arange(len(data.target)) % HELD_OUT == 0
     trained, held_out = (~held).nonzero().flatten(), held.nonzero().flatten()
-    if not len(trained):
-        raise ConfigError("one calibration input is too few to reconstruct on", "record more: fqdiff calibrate")
+    check_enough(len(held), "reconstruct")
 
     def measure(codes: Mapping[str, Tensor]) -> float:
         return hard_error(block, {name: r.values(codes[name]) for name, r in roundings.items()}, data, held_out)

@@ -13,9 +13,9 @@ from torch import Tensor
 from fqdiff.calibration.activations import Observed, observe
 from fqdiff.calibration.inputs import CalibrationInputs
 from fqdiff.calibration.ranges import activation_range
-from fqdiff.errors import QuantizationError
+from fqdiff.calibration.requirements import check_reparameterization
 from fqdiff.quant.activation_formats import get_activation_format
-from fqdiff.quant.reparameterize import BY_CHANNEL, NormedInput, channel_factors, obstacle, reparameterize
+from fqdiff.quant.reparameterize import NormedInput, channel_factors, reparameterize
 from fqdiff.values import Checkpoint
 
 
@@ -30,11 +30,7 @@ def reparameterized(
 
     Raises QuantizationError where one of them does not allow that, or there is none.
     """
-    found = [reason for place in places if (reason := obstacle(place, shifted=place.between == "")) is not None]
-    if found or not places:
-        raise QuantizationError(
-            f"no reparameterization: {found[0] if found else 'no layer follows a norm'}", BY_CHANNEL
-        )
+    check_reparameterization(places)
     tensors = dict(checkpoint.tensors)
     channels = {place.layer: (1,) * len(tensors[f"{place.norm}.weight"]) for place in places}
     network = checkpoint.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fqdiff.configs import CalibrateConfig
+from fqdiff.configs import THIRDS, CalibrateConfig, third_of
 from fqdiff.errors import NumericalError, require
 from fqdiff.rng import generator
 
-THIRDS = ("early", "middle", "late")
 LEAST_SHARE = 1e-3  # of a skew-normal's draws must fall on [0, 1), or drawing again would take forever
 
 
@@ -25,16 +24,13 @@ def chosen_steps(config: CalibrateConfig, seed: int, mass: Tensor | None = None)
     """
     steps, kept, runs = config.steps, config.timesteps, config.samples
     if config.scheme in ("uniform", *THIRDS):
-        begin, end = 0, steps
-        if config.scheme in THIRDS:
-            third = THIRDS.index(config.scheme)
-            begin, end = third * steps // 3, (third + 1) * steps // 3
+        among = third_of(config.scheme, steps) if config.scheme in THIRDS else range(steps)
         require(
-            kept <= end - begin,
-            f"{kept} timesteps of {end - begin} sampler steps",
+            kept <= len(among),
+            f"{kept} timesteps of {len(among)} sampler steps",
             "use fewer --timesteps, or more --steps",
         )
-        even = torch.tensor([begin + (2 * i + 1) * (end - begin) // (2 * kept) for i in range(kept)])
+        even = torch.tensor([among[(2 * i + 1) * len(among) // (2 * kept)] for i in range(kept)])
         return even.expand(runs, kept)
     generators = (generator(seed, "calibration steps", k) for k in range(runs))
     if config.scheme == "ndtc":

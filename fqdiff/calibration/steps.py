@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
 from fqdiff.calibration.reconstruct import CHECKS, HELD_OUT, BlockData, capture, spread, that_fit
+from fqdiff.calibration.requirements import check_enough
 from fqdiff.configs import StepsConfig
 from fqdiff.context import Bar, Context, Part
 from fqdiff.errors import ConfigError, NumericalError
@@ -159,8 +160,7 @@ def learn_block(
     """
     held = torch.arange(len(t)) % HELD_OUT == 0
     trained, held_out = (~held).nonzero().flatten(), held.nonzero().flatten()
-    if not len(trained):
-        raise ConfigError("one calibration input is too few to learn steps on", "record more: fqdiff calibrate")
+    check_enough(len(held), "learn steps")
     best = {site: q.steps().detach().clone() for site, q in quantizers.items()}
     first = output_error(block, data, t, note, held_out)
     if not math.isfinite(first):

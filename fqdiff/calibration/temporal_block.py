@@ -15,9 +15,9 @@ import time
 import torch
 
 from fqdiff.calibration.reconstruct import BlockData, learn_block, restore
+from fqdiff.calibration.requirements import check_temporal
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Context, Part
-from fqdiff.errors import ConfigError
 from fqdiff.models.registry import reconstruction_blocks, temporal_block
 from fqdiff.quant.adaround import LearnedRounding, can_learn_rounding
 from fqdiff.quant.packed import PackedTensor, unpack_tensor
@@ -43,10 +43,7 @@ def reconstruct_temporal(
         for mine, name in names.items()
         if can_learn_rounding((p := model.packed[name]).format, p.granularity)
     }
-    if not own:
-        raise ConfigError(
-            "no integer weight of this model depends on t alone", "leave --reconstruct-temporal (--method tfmq) out"
-        )
+    check_temporal({name: (p.format, p.granularity) for name, p in model.packed.items()}, names.values())
     with context.progress(config.iterations, "temporal block", "step") as bar:
         part = context.parts.load(NAME)
         if part is not None:

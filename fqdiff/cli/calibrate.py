@@ -6,7 +6,7 @@ import typer
 
 from fqdiff.cli.session import Session, common, of_checkpoint, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
-from fqdiff.configs import CALIBRATION_SCHEMES, CalibrateConfig
+from fqdiff.configs import CALIBRATION_SCHEMES, CalibrateConfig, calibration_settings
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +28,11 @@ def calibrate(
     ] = None,
     timesteps: Annotated[
         int | None,
-        typer.Option(min=1, help="Inputs kept of each run.", show_default=f"{CalibrateConfig.timesteps}"),
+        typer.Option(
+            min=1,
+            help="Inputs kept of each run.",
+            show_default=f"{CalibrateConfig.timesteps}; of a third at most all its steps",
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Sampler runs.", show_default=f"{CalibrateConfig.samples}")
@@ -73,13 +77,9 @@ def calibrate(
     from fqdiff.pipeline import Step
 
     checkpoint = session.resolve(model, ("checkpoint",))
-    base: dict[str, object] = {}
-    if (sampler or session.from_file("calibrate", "sampler", "ddim")) == "ddpm":
-        base["steps"] = session.runner.load(checkpoint).spec.noise_schedule().num_train_timesteps
-    config = session.settings(
+    given = session.given(
         "calibrate",
         CalibrateConfig,
-        base,
         scheme=scheme,
         source=source,
         sampler=sampler,
@@ -92,6 +92,8 @@ def calibrate(
         skew=skew,
         precision=precision,
     )
+    total = session.runner.load(checkpoint).spec.noise_schedule().num_train_timesteps
+    config = CalibrateConfig(**calibration_settings(given, total))
     inputs = {"checkpoint": checkpoint}
     if config.scheme == "fisher":
         inputs["fisher"] = of_checkpoint(session, "fisher", checkpoint.id, fisher)

@@ -28,7 +28,7 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.methods import Bundle, get_bundle
+from fqdiff.methods import get_bundle
 from fqdiff.treatment.request import make_treatment
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def quantize(
         bool | None,
         typer.Option(
             "--quantize-temporal/--tabulate-temporal",
-            help="Whether inputs of layers that depend on t alone are quantized; else these are meant for a table over t.",
+            help="Whether inputs of layers that depend on t alone are quantized; else samplers compute these once for each t.",
             show_default="quantize",
             rich_help_panel=ACTIVATIONS,
         ),
@@ -387,20 +387,19 @@ def quantize(
         STEPS: learn_steps,
         CORRECTION: noise_correction or None,
     }
-    bundle = get_bundle(method) if method is not None else Bundle()
     request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal)
-    treatment = make_treatment(request, bundle)
+    treatment = make_treatment(request, method)
     inputs = calibration_of(session, chosen, treatment, calibration)
-    step = carried_out(session, chosen, treatment, inputs)
     facts: dict[str, object] = {}
     lines: tuple[str, ...] = ()
     if method is not None:
         from fqdiff.treatment.suits import check_method, traits_of_plan
 
         check_method(method, traits_of_plan(session.runner.load(chosen)), inputs)
-        same = bundle.flags(treatment.activations is not None)
-        facts, lines = {"method": method, "bundle": same}, (f"{method} is {' '.join(same)}",)
-    manifest = session.make(step, facts, lines)
+        same = get_bundle(method).flags(treatment.activations is not None)
+        facts = {"method": method, "bundle": same}
+        lines = (f"{method} is {' '.join(same)}" if same else f"{method} is its plan, as it is",)
+    manifest = session.make(carried_out(session, chosen, treatment, inputs), facts, lines)
     if manifest is None:
         return
     promised = session.runner.load(chosen).file_bytes

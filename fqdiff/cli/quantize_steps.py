@@ -13,7 +13,6 @@ from fqdiff.configs import (
     TemporalConfig,
 )
 from fqdiff.errors import ConfigError
-from fqdiff.methods import Bundle
 from fqdiff.treatment.request import Request, Wish, make_treatment
 from fqdiff.treatment.treatment import Treatment, refuse_calibration
 
@@ -83,7 +82,11 @@ def calibration_of(
 def carried_out(
     session: Session, plan_manifest: "Manifest", treatment: Treatment, calibration: "Manifest | None"
 ) -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with the Fisher tables it was made from."""
+    """The step that carries out a plan on the checkpoint it was made for, with the Fisher tables it was made from.
+
+    Unless the result is there already, raises what one of its stages would raise of the plan, the network or the set.
+    """
+    from fqdiff.treatment.feasible import check_feasible
     from fqdiff.treatment.steps import treated_step
 
     tables = {
@@ -92,10 +95,15 @@ def carried_out(
         if plan_manifest.input(role) is not None
     }
     checkpoint = only_input(session, plan_manifest, "checkpoint")
-    return treated_step(checkpoint, plan_manifest, tables, calibration, treatment, session.seed)
+    step = treated_step(checkpoint, plan_manifest, tables, calibration, treatment, session.seed)
+    if session.store.find(step.kind, step.id) is None:
+        load = session.runner.load
+        t = None if calibration is None else load(calibration).t
+        check_feasible(treatment, load(checkpoint).spec, load(plan_manifest), t)
+    return step
 
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
-    treatment = make_treatment(requested(session), Bundle())
+    treatment = make_treatment(requested(session))
     return carried_out(session, plan_manifest, treatment, calibration_of(session, plan_manifest, treatment, None))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fqdiff.cli.fisher import TRAJECTORY_RUNS
 from fqdiff.cli.session import Session, checked_settings
 from fqdiff.cli.sweep_words import blaming
-from fqdiff.configs import CalibrateConfig, FisherConfig
+from fqdiff.configs import CalibrateConfig, FisherConfig, calibration_settings
 from fqdiff.errors import ConfigError, LineageError, require
 
 if TYPE_CHECKING:
@@ -88,16 +88,15 @@ def calibration_set(
 ) -> "Source":
     """The step that records a calibration set, or the stored set that ``value`` names, which must be of the sweep's model.
 
-    As ``fqdiff calibrate`` does, DDPM takes all timesteps unless told otherwise. ``tables``: the file's Fisher tables.
+    With the defaults of ``fqdiff calibrate``. ``tables``: the file's Fisher tables.
     """
     from fqdiff.pipeline import Step
 
     if isinstance(value, str):
         return _stored(session, "calibration", name, value, subject)
     where = f"calibration.{name}"
-    steps = {"steps": subject.num_train_timesteps} if value.settings.get("sampler") == "ddpm" else {}
     with blaming(where):
-        config = CalibrateConfig(**{**steps, **value.settings})  # type: ignore[arg-type]
+        config = CalibrateConfig(**calibration_settings(value.settings, subject.num_train_timesteps))
     inputs = {"checkpoint": subject.checkpoint}
     if config.scheme == "fisher":
         inputs["fisher"] = tables[chosen("fisher", value.fisher, tables, where)]

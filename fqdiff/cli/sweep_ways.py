@@ -18,7 +18,6 @@ from fqdiff.configs import (
     TemporalConfig,
 )
 from fqdiff.errors import ConfigError, require
-from fqdiff.methods import Bundle, get_bundle
 from fqdiff.treatment.request import Request, Wish, make_treatment
 from fqdiff.treatment.treatment import refuse_calibration
 
@@ -130,8 +129,7 @@ def ways_of(given: Sequence[GivenWay], sets: "Mapping[str, Source]") -> "list[tu
     for one in given:
         where, method = f"quantize ({in_words(one.settings)})", str(one.settings.get("method", ""))
         with blaming(where):
-            bundle = get_bundle(method) if method else Bundle()
-            treatment = make_treatment(request_of(one.settings), bundle)
+            treatment = make_treatment(request_of(one.settings), method or None)
         name = str(one.settings.get("calibration", ""))
         learned = sets[chosen("calibration", name, sets, where)] if name or treatment.is_calibrated else None
         if learned is not None and not treatment.is_calibrated:

@@ -39,12 +39,15 @@ from fqdiff.configs.quantize import (
     BIAS_CORRECTIONS,
     CALIBRATION_SCHEMES,
     SOFTMAXES,
+    THIRDS,
     ActivationConfig,
     CalibrateConfig,
     QuantizeConfig,
     ReconstructConfig,
     StepsConfig,
     TemporalConfig,
+    calibration_settings,
+    third_of,
 )
 from fqdiff.configs.recipes import Config, config_from_data
 
@@ -72,6 +75,7 @@ __all__ = [
     "SOFTMAXES",
     "STRATEGIES",
     "TARGETS",
+    "THIRDS",
     "TIMESTEP_WEIGHTS",
     "VARIANCE_REDUCTIONS",
     "ActivationConfig",
@@ -94,7 +98,9 @@ __all__ = [
     "TemporalConfig",
     "TrainConfig",
     "ValidateConfig",
+    "calibration_settings",
     "config_from_data",
     "get_preset",
     "quantize_reads_fisher",
+    "third_of",
 ]

@@ -1,10 +1,13 @@
 """Calibration sets, quantized weights and activations, and what makes up for their errors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fqdiff.errors import require
 
-CALIBRATION_SCHEMES = ("uniform", "ndtc", "early", "middle", "late", "fisher")
+THIRDS = ("early", "middle", "late")
+CALIBRATION_SCHEMES = ("uniform", "ndtc", *THIRDS, "fisher")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,24 @@ class CalibrateConfig:
         require(-1 <= self.location <= 2, f"location is {self.location}", "a share of T, e.g. 0.4")
         require(0.01 <= self.spread <= 100, f"spread is {self.spread}", "a share of T, e.g. 0.4")
         require(-100 <= self.skew <= 100, f"skew is {self.skew}", "0 for a normal, above it for a tail to large t")
+
+
+def calibration_settings(given: Mapping[str, object], num_train_timesteps: int) -> dict[str, Any]:
+    """``given`` settings of a CalibrateConfig with the defaults that depend on others.
+
+    DDPM runs over all ``num_train_timesteps``; of a third of a run no more timesteps are kept than it has.
+    """
+    found: dict[str, Any] = {**({"steps": num_train_timesteps} if given.get("sampler") == "ddpm" else {}), **given}
+    scheme, steps = found.get("scheme"), found.get("steps", CalibrateConfig.steps)
+    if "timesteps" not in given and scheme in THIRDS and isinstance(steps, int):
+        found["timesteps"] = max(1, min(CalibrateConfig.timesteps, len(third_of(str(scheme), steps))))
+    return found
+
+
+def third_of(scheme: str, steps: int) -> range:
+    """The steps of a run of so many that are ``scheme``, one of THIRDS."""
+    third = THIRDS.index(scheme)
+    return range(third * steps // 3, (third + 1) * steps // 3)
 
 
 BIAS_CORRECTIONS = ("none", "static", "timestep")
@@ -175,8 +196,8 @@ class ActivationConfig:
 
     ``range``: what the codes span. ``intervals`` of timesteps with scales of their own. ``softmax``: how the codes of softmax
     outputs lie, in as many bits as ``format`` has. ``split_skips``: layers that are given a joined skip have one scale on either
-    side. ``temporal``: whether inputs of layers that depend on t alone are quantized too; without, what these put out is meant
-    to be computed beforehand, once for each t. ``first``, ``last``: format of the first layer's input and of the network's
+    side. ``temporal``: whether inputs of layers that depend on t alone are quantized too; without, samplers compute what these
+    put out once for each t. ``first``, ``last``: format of the first layer's input and of the network's
     output, empty for none. ``dynamic``: every input is quantized by its own minimum and maximum, and nothing is calibrated.
     """
 
@@ -192,20 +213,16 @@ class ActivationConfig:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("format", ACTIVATION_FORMATS),
-            ("granularity", ("tensor", "channel")),
-            ("range", ACTIVATION_RANGES),
-            ("softmax", SOFTMAXES),
-            ("first", ("", *ACTIVATION_FORMATS)),
-            ("last", ("", *ACTIVATION_FORMATS)),
+        for name, what, known in (
+            ("format", "activation format", ACTIVATION_FORMATS),
+            ("granularity", "activation granularity", ("tensor", "channel")),
+            ("range", "activation range", ACTIVATION_RANGES),
+            ("softmax", "codes of softmax outputs", SOFTMAXES),
+            ("first", "format of the first layer's input", ("", *ACTIVATION_FORMATS)),
+            ("last", "format of the network's output", ("", *ACTIVATION_FORMATS)),
         ):
             listed = ", ".join(filter(None, known))
-            require(
-                getattr(self, name) in known,
-                f"unknown activation {name} '{getattr(self, name)}'",
-                f"one of: {listed}",
-            )
+            require(getattr(self, name) in known, f"unknown {what} '{getattr(self, name)}'", f"one of: {listed}")
         require(self.intervals >= 1, f"activation intervals is {self.intervals}", "use 1 or more")
         calibrated = ("range", "intervals")
         unused = [name for name in calibrated if getattr(self, name) != getattr(ActivationConfig, name)]

@@ -110,7 +110,7 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
         learned = config.time_embedding == "learned"
-        self.time = nn.Linear(config.time_channels, channels) if learned else None
+        self.time: nn.Module | None = nn.Linear(config.time_channels, channels) if learned else None
         self.norm1 = nn.GroupNorm(config.norm_groups, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(config.norm_groups, channels)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.requirements import check_learned_steps
 from fqdiff.calibration.steps import learn_steps
 from fqdiff.configs import StepsConfig
 from fqdiff.context import Context
@@ -34,8 +35,7 @@ def learn_activation_steps(
     calibration.check_model(checkpoint)
     if model.noise_correction is not None:
         raise LineageError("what this model predicts is corrected for the steps it has", "start from its plan")
-    if model.phases > 1:
-        raise ConfigError("a block with phases has no one output to match", "leave out --learn-steps or the phases")
+    check_learned_steps({name: (p.format, p.granularity) for name, p in model.packed.items()})
     if not any(can_learn_steps(a) for a in model.activations.values()):
         raise ConfigError("dynamic activations have no steps to learn", "leave --learn-steps or --dynamic out")
     inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)

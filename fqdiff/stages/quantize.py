@@ -8,15 +8,15 @@ from fqdiff.calibration.bias import correct_bias
 from fqdiff.calibration.distill import distill
 from fqdiff.calibration.inputs import CalibrationInputs
 from fqdiff.calibration.reparameterize import reparameterized
+from fqdiff.calibration.requirements import check_weights, normed_inputs
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
-from fqdiff.models.registry import build, normed_layers
+from fqdiff.models.registry import build
 from fqdiff.planning.scores import default_score, table_importance, with_gain
 from fqdiff.quant.elements import choose_kept
-from fqdiff.quant.formats import PerElement, PerOutput, get_format, parse_granularity
+from fqdiff.quant.formats import PerOutput, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
-from fqdiff.quant.reparameterize import NormedInput
 from fqdiff.values import CalibrationSet, Checkpoint, FisherTable, Plan, QuantizedCheckpoint
 
 
@@ -56,8 +56,7 @@ def quantize_reparameterized(
             "plan with --range min-max or mse, or leave --reparameterize out",
         )
     inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
-    network = build(checkpoint.spec.architecture, "meta")
-    places = [NormedInput(norm, layer, between, padded=True) for norm, between, layer in normed_layers(network)]
+    places = normed_inputs(build(checkpoint.spec.architecture, "meta"))
     with context.progress(len(inputs), "reparameterize", "input") as bar:
         same = reparameterized(checkpoint, places, inputs, context.device, bar.update)
     return quantize(same, plan, None, config, seed, context)
@@ -77,16 +76,7 @@ def quantize(
     sampler runs drawn with ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is
     missing, ConfigError for either with phases, for distilling kept elements, QuantizationError on NaN or overflow.
     """
-    if any(get_format(e.format).phase_bits for e in plan.entries):
-        if config.bias_correction != "none":
-            raise ConfigError(
-                "the means that biases correct differ from phase to phase",
-                "leave --bias-correction out, or plan without phases",
-            )
-        if config.distill:
-            raise ConfigError("phases cannot be distilled", "leave --distill out, or plan without phases")
-    if config.distill and any(isinstance(parse_granularity(e.granularity), PerElement) for e in plan.entries):
-        raise ConfigError("kept elements cannot be distilled", "leave --distill out, or plan without elements")
+    check_weights(plan.stored, config, checkpoint.spec.noise_schedule().num_train_timesteps)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")

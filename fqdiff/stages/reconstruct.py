@@ -4,12 +4,11 @@ from dataclasses import replace
 
 from fqdiff.calibration.inputs import CalibrationInputs
 from fqdiff.calibration.reconstruct import reconstruct
+from fqdiff.calibration.requirements import check_reconstruction
 from fqdiff.calibration.temporal_block import reconstruct_temporal
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, LineageError
-from fqdiff.quant.adaround import can_learn_rounding
-from fqdiff.quant.formats import Mixed
+from fqdiff.errors import LineageError
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 
 
@@ -66,14 +65,5 @@ def checked_inputs(
         raise LineageError("the activations of this model are quantized already", "reconstruct it before")
     if model.timestep_bias:
         raise LineageError("the biases of this model make up for the rounding it has", "leave --bias-correction out")
-    stored = model.packed.values()
-    if any(p.format.phase_bits for p in stored):
-        raise ConfigError("phases cannot be reconstructed", "leave --reconstruct out, or plan without phases")
-    if any(isinstance(p.granularity, Mixed) for p in stored):
-        raise ConfigError(
-            "tensors of two formats cannot be reconstructed",
-            "leave --reconstruct out, or plan without element and output",
-        )
-    if not any(can_learn_rounding(p.format, p.granularity) for p in stored):
-        raise ConfigError("no weight of this model is an integer, so that there is no rounding to learn", "e.g. int4")
+    check_reconstruction({name: (p.format, p.granularity) for name, p in model.packed.items()})
     return CalibrationInputs(calibration.x_t.float(), calibration.t)

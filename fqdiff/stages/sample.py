@@ -19,8 +19,9 @@ from fqdiff.diffusion.samplers import ErrorStd, PredictNoise, no_error, run_samp
 from fqdiff.errors import ArtifactCorrupt, ArtifactNotFound, ConfigError, NumericalError
 from fqdiff.evidence.features import to_uint8
 from fqdiff.memory import peak_bytes
+from fqdiff.models.time_table import tabulate_time
 from fqdiff.rng import generator
-from fqdiff.values import Model, ModelSpec, SampleSet, error_std, predict_noise
+from fqdiff.values import Model, ModelSpec, QuantizedCheckpoint, SampleSet, error_std, predict_noise
 
 UNIT_IMAGES = 50
 LARGEST_BATCH = 100  # of what the stage chooses itself; a CPU gains nothing from more
@@ -72,6 +73,8 @@ def make_units(model: Model, config: SampleConfig, seed: int, context: Context, 
     if not todo:
         return
     network = model.network().to(context.device, memory_format=layout(context.device))  # type: ignore[call-overload]
+    if isinstance(model, QuantizedCheckpoint) and model.tabulates_time:
+        tabulate_time(network)
     predict, error = predict_noise(model.spec, network), error_std(model)
     done: dict[int, Tensor] = {}
     # The bar counts what is still to do: units found would pass for a speed that was never reached.

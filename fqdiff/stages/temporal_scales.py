@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 
+from fqdiff.calibration.requirements import check_temporal_scales
 from fqdiff.calibration.temporal import interval_middles, range_ends, slow_channels, tabulated, train_scales
 from fqdiff.configs import TemporalConfig
 from fqdiff.context import Context
@@ -42,8 +43,7 @@ def learn_temporal_scales(
     total, known = calibration.num_train_timesteps, interval_count(model.activations)
     if known < 2:
         raise ConfigError("scales of one interval do not tell how they change with time", "--activation-intervals 20")
-    if config.intervals > total:
-        raise ConfigError(f"{config.intervals} intervals of {total} timesteps", f"use {total} or fewer")
+    check_temporal_scales(config, total)
     index = interval_of(calibration.t, known, total)
     number = index.bincount(minlength=known)
     if not number.all():

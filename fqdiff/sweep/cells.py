@@ -3,6 +3,9 @@
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
 
 from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig, PlanConfig, SampleConfig
@@ -11,10 +14,11 @@ from fqdiff.pipeline import External, Runner, Step
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
 from fqdiff.sweep.numbers import Row, noise_errors, numbers
+from fqdiff.treatment.feasible import check_feasible
 from fqdiff.treatment.steps import chain_of, treated_step
 from fqdiff.treatment.suits import check_method, traits_of_config, traits_of_plan
 from fqdiff.treatment.treatment import Treatment
-from fqdiff.values import Plan
+from fqdiff.values import ModelSpec, Plan
 
 Source = Step | Manifest
 
@@ -55,7 +59,7 @@ class Way:
 class Cell:
     """A plan, a way to quantize and a seed, with the steps they take. Labels and ``settings`` are as the sweep names them.
 
-    ``method`` and ``calibration`` are those of the way to quantize, ``num_train_timesteps`` the model's.
+    ``method``, ``treatment`` and ``calibration`` are those of the way to quantize, ``num_train_timesteps`` the model's.
     """
 
     number: int
@@ -65,6 +69,7 @@ class Cell:
     settings: Mapping[str, object]
     artifacts: Mapping[str, Source | External]
     method: str
+    treatment: Treatment
     num_train_timesteps: int
 
     @property
@@ -88,14 +93,18 @@ class Cell:
             yield from ((step.stage, step) for step in before)
             yield name, source
 
-    def made_for_it(self) -> Iterator[Source]:
-        """The calibration set, if there is one, and every stage of the quantized model: what is made once it is planned."""
+    def quantizing(self) -> Iterator[Step]:
+        """Every stage of the quantized model."""
         quantized = self.artifacts["quantized"]
         assert isinstance(quantized, Step)
+        yield from chain_of(quantized)
+
+    def made_for_it(self) -> Iterator[Source]:
+        """The calibration set, if there is one, and every stage of the quantized model: what is made once it is planned."""
         calibration = self.artifacts.get("calibration")
         if isinstance(calibration, Step | Manifest):
             yield calibration
-        yield from chain_of(quantized)
+        yield from self.quantizing()
 
 
 def make_cell(
@@ -145,7 +154,7 @@ def make_cell(
         "features": subject.features,
         "comparison": comparison,
     }
-    return Cell(number, *labels, seed, settings, artifacts, way.method, subject.num_train_timesteps)
+    return Cell(number, *labels, seed, settings, artifacts, way.method, way.treatment, subject.num_train_timesteps)
 
 
 def run_cell(cell: Cell, runner: Runner, failed: dict[str, FqdiffError]) -> Row:
@@ -154,13 +163,18 @@ def run_cell(cell: Cell, runner: Runner, failed: dict[str, FqdiffError]) -> Row:
     ``failed``: what other cells failed at, by id. It is not tried again, and this cell's failure joins it.
     """
     alone = replace(runner, _loaded={}, _made=set())  # what a cell loaded is freed with it
-    making = ""
+    making, quantizing = "", {step.id for step in cell.quantizing()}
     try:
         for name, step in cell.steps():
             making = step.id
             if making in failed:
                 raise failed[making]
-            made = runner.store.find(step.kind, making) or alone.run(step)
+            found = runner.store.find(step.kind, making)
+            if found is None and making in quantizing:
+                making = cell.artifacts["quantized"].id  # no failure of what other cells begin with, too
+                check_feasible(cell.treatment, *_inputs(cell, alone))
+                making = step.id
+            made = found or alone.run(step)
             if name == "plan" and cell.method:
                 making = f"{cell.method} with plan {step.id}"  # no failure of the plan's
                 check_method(cell.method, traits_of_plan(alone.load(made)), None)
@@ -171,6 +185,17 @@ def run_cell(cell: Cell, runner: Runner, failed: dict[str, FqdiffError]) -> Row:
         runner.say(traceback.format_exc())
         failed[making] = FqdiffError(f"{type(error).__name__}: {error}")
     return cell_row(cell, alone, failure(failed[making]))
+
+
+def _inputs(cell: Cell, runner: Runner) -> tuple[ModelSpec, Plan, Tensor | None]:
+    """What the cell's plan is carried out on, all of which exists: model, plan, and timesteps of the calibration set."""
+
+    def load(name: str) -> Any:
+        source = existing(cell.artifacts[name], runner.store)
+        assert source is not None
+        return runner.load(source)
+
+    return load("checkpoint").spec, load("plan"), load("calibration").t if "calibration" in cell.artifacts else None
 
 
 def failure(error: FqdiffError) -> str:

@@ -13,7 +13,7 @@ from fqdiff.configs import (
     TemporalConfig,
 )
 from fqdiff.errors import ConfigError
-from fqdiff.methods import Bundle
+from fqdiff.methods import Bundle, get_bundle
 from fqdiff.treatment.treatment import Treatment
 
 Config = TypeVar("Config")
@@ -42,13 +42,15 @@ class Request:
     noise_correction: Wish = field(default_factory=Wish)
 
 
-def make_treatment(request: Request, bundle: Bundle) -> Treatment:
-    """The treatment that ``request`` asks for; what it leaves open is as in ``bundle``.
+def make_treatment(request: Request, method: str | None = None) -> Treatment:
+    """The treatment that ``request`` asks for; what it leaves open is as the published ``method`` has it.
 
-    Raises ConfigError for settings of a stage that is left out, for values that a config refuses, and for stages that do not go
-    together.
+    Raises ConfigError for unknown methods, and those of which nothing would be left; for settings of a stage that is left out,
+    for values that a config refuses, and for stages that do not go together.
     """
+    bundle = Bundle() if method is None else get_bundle(method)
     quantized = "format" in request.activations
+    _check_activations(request, method, bundle)
     if not quantized and request.activations:
         raise ConfigError(
             f"{', '.join(sorted(request.activations))} of activations that stay float32", "add --activations int8"
@@ -87,6 +89,23 @@ def make_treatment(request: Request, bundle: Bundle) -> Treatment:
             ("noise {} of a prediction that stays as it is", "add --noise-correction"),
         ),
     )
+
+
+def _check_activations(request: Request, method: str | None, bundle: Bundle) -> None:
+    """Raise ConfigError where the method is about activations alone and they stay, or has ranges that dynamic ones have not."""
+    if bundle.is_of_activations and "format" not in request.activations:
+        raise ConfigError(f"{method} is about activations, and these stay float32", "add --activations int8")
+    known = {name: value for name, value in bundle.activations.items() if value != getattr(ActivationConfig, name)}
+    calibrated = [name for name in ("range", "intervals") if name in known and name not in request.activations]
+    learned = (
+        bundle.temporal_scales and request.temporal_scales.asked is not False,
+        bundle.learn_steps and request.activation_steps.asked is not False,
+    )
+    if request.activations.get("dynamic") and (calibrated or any(learned)):
+        raise ConfigError(
+            f"{method} calibrates the ranges of activations; dynamic ones are taken from every input as it comes",
+            f"leave --dynamic or --method {method} out",
+        )
 
 
 def _stage(

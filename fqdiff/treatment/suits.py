@@ -56,6 +56,8 @@ def check_method(method: str, traits: Traits, calibration: Source | None) -> Non
         ("range", bundle.ranges, traits.ranges),
         ("rounding", bundle.roundings, traits.roundings),
     ):
+        if wanted and got is not None and not got:
+            raise ConfigError(f"{method} is about integers, of which the plan has none", how)
         if wanted and got is not None and not got <= set(wanted):
             raise ConfigError(
                 f"{method} has the {what} {', '.join(wanted)}; the plan has {', '.join(sorted(got))}", how

@@ -79,5 +79,7 @@ def refuse_calibration(treatment: Treatment) -> None:
     if treatment.is_calibrated:
         return
     if treatment.activations is None:
-        raise ConfigError("calibration of activations that stay float32", "add --activations int8")
+        raise ConfigError(
+            "a calibration set that nothing learns from", "add --activations int8 or --reconstruct, or leave it out"
+        )
     raise ConfigError("dynamic activations have no use for a calibration set", "leave it out, or add --static")

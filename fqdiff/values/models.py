@@ -9,7 +9,7 @@ from fqdiff.diffusion.samplers import ErrorStd, PredictNoise
 from fqdiff.diffusion.schedule import PREDICTIONS, NoiseSchedule, make_schedule, noise_from_velocity
 from fqdiff.digests import tensor_digest
 from fqdiff.errors import ArtifactCorrupt, LineageError, require
-from fqdiff.models.registry import build, skip_boundaries
+from fqdiff.models.registry import build, skip_boundaries, temporal_layers
 from fqdiff.quant.activations import Activation, add_activation_quantizers
 from fqdiff.quant.container import Description
 from fqdiff.quant.formats import PerTensor, get_format
@@ -159,6 +159,15 @@ class QuantizedCheckpoint:
         """In how many phases of timesteps parameters are read with bits of their own."""
         formats = (p.format for p in self.packed.values())
         return phase_count(formats, self.spec.noise_schedule().num_train_timesteps)
+
+    @property
+    def tabulates_time(self) -> bool:
+        """Whether the inputs of layers that depend on t alone are in full precision where all others are not.
+
+        These layers are then meant to be computed once for each timestep.
+        """
+        temporal = temporal_layers(build(self.spec.architecture, "meta"))
+        return bool(self.activations and temporal) and not temporal & self.activations.keys()
 
     def network(self) -> nn.Module:
         """The network, in eval mode, its float32 weights computed from the packed tensors alone.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
-from fqdiff.quant.formats import Mixed, PerElement, PerOutput, get_format, parse_granularity
+from fqdiff.quant.formats import Format, Grain, Mixed, PerElement, PerOutput, get_format, parse_granularity
 from fqdiff.quant.ranges import FISHER
 
 
@@ -128,6 +128,11 @@ class Plan:
     budget: Budget | None = None
     phases: Phases | None = None
     timestep_weights: str = "uniform"
+
+    @property
+    def stored(self) -> dict[str, tuple[Format, Grain]]:
+        """Format and granularity of every parameter, by its name."""
+        return {e.parameter: (get_format(e.format), parse_granularity(e.granularity)) for e in self.entries}
 
     @property
     def fits_fisher(self) -> bool:
