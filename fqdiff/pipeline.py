@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,9 @@ class Step:
     config: Any
     seed: int = 0
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
-        """What determines the artifact."""
+        """What determines the artifact. Computed once: the steps of a sweep are made of each other many times over."""
         stage = STAGES[self.stage]
         given = (
             Input(role, source.kind, source.id)
@@ -157,7 +158,7 @@ class Step:
         """Kind of the artifact."""
         return STAGES[self.stage].kind
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Id of the artifact, before it exists."""
         return self.recipe.id
