@@ -324,6 +324,8 @@ def test_an_interrupted_sweep_continues_to_the_same_table(
     before = ids(store)
     done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
     assert before < ids(store) == ids(swept[0])
+    # Whoever of the processes made it: what is made tells what the file said.
+    assert {m.settings for m in Store(store).manifests("comparison")} == {Path(file).read_text()}
     assert Path(done["csv"]).name == Path(swept[1]["csv"]).name
     assert without_times(done) == without_times(swept[1])
 
