@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fqdiff.configs import RIVALS, ClassifierConfig, FidConfig, PlanConfig, QuantizeConfig, SampleConfig
-from fqdiff.context import Context
+from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ConfigError
 from fqdiff.evidence.features import to_unit_range
 from fqdiff.pipeline import Runner, Step
@@ -109,6 +109,10 @@ class Judge:
         self.reference = self.outputs(checkpoint)
         self.residual = residual(self.inputs, self.reference)
 
+    def alone(self) -> Context:
+        """The context with partial results of its own: those of one model are not another's."""
+        return replace(self.context, parts=MemoryParts())
+
     def outputs(self, model: Any) -> Tensor:
         """What ``model`` predicts for the held-out inputs, float64."""
         return outputs(model.network().to(self.context.device), self.inputs, self.context.device)
@@ -125,7 +129,7 @@ class Judge:
 
     def samples(self, model: Any, seed: int) -> SampleSet:
         """Images from the noise of ``seed``."""
-        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, self.context)
+        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, self.alone())
 
     def sampled(self, model: Any, seed: int) -> Tensor:
         """The same in [-1, 1], float64."""
@@ -147,7 +151,7 @@ class Judge:
         images = to_unit_range(samples.images).double()
         # Of other noise there are no pairs; the stage would refuse it.
         beside = replace(samples, seed=self.baseline_samples.seed)
-        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, self.context)
+        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, self.alone())
         assert found.difference is not None
         assert found.interval is not None
         return Row(
