@@ -26,7 +26,9 @@ from fqdiff.stages.quantize import quantize
 from fqdiff.stages.sample import sample
 from fqdiff.store.codecs import load_quantized, read_model, save_quantized
 from fqdiff.store.pretrained import open_model
+from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint, model_description, predict_noise
+from tests import attacker
 from tests.test_cli import call, good
 
 STATIC = QuantizeConfig("static", calibration_images=6, calibration_steps=10)
@@ -420,3 +422,13 @@ def test_the_command_prints_both_sizes_and_size_shows_the_tables(tmp_path: Path)
     other, same = (good(store, "quantize", "int4", "--seed", "1", *f, "--dry-run")["id"] for f in (flags, ()))
     assert other != made["id"]
     assert same == good(store, "quantize", "int4", "--dry-run")["id"]
+    # A plan edited to promise less is not explained by biases that nobody asked for.
+    opened = Store(store)
+    edited = opened.resolve("int4")
+    data = json.loads((opened.directory("plan", edited.id) / "plan.json").read_text())
+    size = data["totals"]["file_bytes"] - 8
+    data["totals"] |= {"file_bytes": size, "bits_per_weight": 8 * size / data["totals"]["parameters"]}
+    attacker.rewrite(opened, edited, "plan.json", json.dumps(data).encode())
+    refused = call(store, "quantize", "int4", "--bias-correction", "static", "--calibration-images", "2")
+    assert (refused.exit_code, "biases by timestep" in refused.stderr) == (1, False)
+    assert f"takes {size + 8:,} bytes, and its plan promises {size:,}" in refused.stderr

@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fqdiff.cli.session import Session
-from fqdiff.cli.show import byte_count, mebibytes, table
+from fqdiff.cli.show import BLOCKS, byte_count, mebibytes, table
 from fqdiff.configs import OUTPUT, RIVALS, PlanConfig
 from fqdiff.errors import ConfigError
 
@@ -215,7 +215,7 @@ def base_format(name: str) -> str:
 def block_rows(value: "Plan") -> list[dict[str, object]]:
     """Block by block: how many weights go to which format, payload bytes before and after, the predicted rise."""
     rows: list[dict[str, object]] = []
-    for block in ("stem", "1", "2", "3", "4", "5", "6", "head"):
+    for block in BLOCKS:
         entries = [e for e in value.entries if e.block == block]
         formats: dict[str, int] = {}
         for e in entries:

@@ -20,7 +20,6 @@ from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import find_measured, make_offer, make_plan
 from fqdiff.planning.plugins import chosen_formats, find_plugin
 from fqdiff.planning.scores import fisher_importance, with_gain
-from fqdiff.quant.container import file_bytes, metadata, stored_tensors
 from fqdiff.quant.formats import (
     CASTS,
     Format,
@@ -31,7 +30,6 @@ from fqdiff.quant.formats import (
     PerOutput,
     PerTensor,
     get_format,
-    parse_granularity,
     scales_of,
     without_zero_point,
 )
@@ -39,7 +37,7 @@ from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
 from fqdiff.quant.rounding import NEAREST, SQUANT
-from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
+from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, planned_bytes
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
 INFINITE = float("inf")
@@ -147,7 +145,7 @@ def plan(
             )
         )
     weighting = part_weighting(config) if config.by_element or config.by_output else Plan.timestep_weights
-    return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries), timestep_weights=weighting)
+    return Plan(config.strategy, tuple(entries), planned_bytes(checkpoint.spec, entries), timestep_weights=weighting)
 
 
 def plan_by_plugin(
@@ -200,7 +198,7 @@ def plan_by_plugin(
                 bytes=stored_bytes(tuple(tensor.shape), chosen, granularity),
             )
         )
-    return Plan(plugin.words, tuple(entries), predicted_file_bytes(checkpoint, entries))
+    return Plan(plugin.words, tuple(entries), planned_bytes(checkpoint.spec, entries))
 
 
 def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
@@ -250,12 +248,6 @@ def decide(
     if len(shape) >= 2:
         return formats[0], 0, (), "stem and head stay high"
     return get_format("float32"), 0, (), "biases and norms stay float32"
-
-
-def predicted_file_bytes(checkpoint: Checkpoint, entries: Iterable[PlanEntry]) -> int:
-    """Size of the file that holds ``entries``, header included, to the byte."""
-    described = {e.parameter: (e.shape, get_format(e.format), parse_granularity(e.granularity)) for e in entries}
-    return file_bytes(stored_tensors(described), metadata(model_description(checkpoint.spec), described))
 
 
 def read_scores(table: FisherTable, at: str) -> dict[str, float]:
