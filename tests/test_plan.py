@@ -307,6 +307,17 @@ def test_a_tensor_that_was_made_larger_in_its_plan_is_refused(checkpoint: Checkp
         quantize(checkpoint, replace(made, entries=entries), None, QuantizeConfig(), 0, Context())
 
 
+@pytest.mark.parametrize("setting", [{"rounding": "squant"}, {"ranges": ("mse",)}])
+@pytest.mark.parametrize("fmt", ["codebook4", "ternary", "float16"])
+def test_what_is_about_integer_codes_is_refused_where_there_are_none(
+    checkpoint: Checkpoint, fmt: str, setting: dict[str, object]
+) -> None:
+    """Rejects plans that take it and round to the nearest, or span everything, all the same."""
+    config = PlanConfig("uniform", low=fmt, **setting)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"is about integer codes, and says nothing about {fmt}"):
+        plan(checkpoint, None, None, config, 0, Context())
+
+
 # --- ladders ---------------------------------------------------------------------------------------------------------
 
 FOUR = ("float16", "int8", "int4", "int2")
@@ -360,10 +371,10 @@ def test_all_thresholds_of_a_ladder_can_be_given(checkpoint: Checkpoint, fisher_
         ({"ladder": FOUR, "low": "int3"}, "a ladder beside low and high"),
         ({"ladder": FOUR, "ladder_step": 1.0}, "ladder_step is 1"),
         ({"ladder": ("int8", "int4"), "ladder_step": 3.0}, "nothing about a ladder of two"),
-        ({"ladder_step": 3.0}, "ladder_step without a ladder"),
+        ({"ladder_step": 3.0}, "--ladder-step without a ladder"),
         ({"strategy": "uniform", "ladder": FOUR}, "no use for ladder"),
         ({"strategy": "budget", "target_bpw": 4.0, "ladder": FOUR}, "no use for ladder"),
-        ({"strategy": "ratio", "ladder": FOUR, "lower_thresholds": (0.1, 0.01)}, "no use for lower_thresholds"),
+        ({"strategy": "ratio", "ladder": FOUR, "lower_thresholds": (0.1, 0.01)}, "no use for several thresholds"),
         ({"strategy": "threshold", "threshold": 1.0, "ladder": FOUR, "lower_thresholds": (0.1,)}, "2 thresholds for 4"),
         (
             {"strategy": "threshold", "threshold": 1.0, "ladder": FOUR, "lower_thresholds": (0.1, 0.1)},

@@ -362,7 +362,7 @@ def test_a_plan_lists_what_it_considered_and_survives_the_disk(offer: Offer, tmp
         ({"target_bpw": -1.0}, "target_bpw is -1"),
         ({"target_bpw": float("nan")}, "target_bpw is nan"),
         ({"score": "luck"}, "unknown score 'luck'"),
-        ({"timestep_weights": "at:x"}, "unknown timestep_weights 'at:x'"),
+        ({"timestep_weights": "at:x"}, "unknown timestep weights 'at:x'"),
         ({"timestep_weights": "snr", "score": "weight-mse"}, "no timesteps to weight"),
         ({"target_bpw": 0.0, "max_loss_increase": 1.0, "score": "random"}, "no loss that could be limited"),
         ({"ratio": 0.5}, "has no use for ratio"),
