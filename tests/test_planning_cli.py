@@ -142,6 +142,34 @@ def test_a_rule_reads_the_whole_run_of_a_trajectory_table(store: Path) -> None:
         assert hint in refused.stderr
 
 
+def test_diff_sees_ranges_and_roundings(store: Path) -> None:
+    for name, flags in (("mm", ()), ("mse", ("--range", "mse")), ("sq", ("--rounding", "squant"))):
+        good(store, "plan", "tiny-fp32", "--uniform", "int4", *flags, "--name", name)
+    for name, key, value in (("mse", "range", "mse"), ("sq", "rounding", "squant")):
+        rows = good(store, "plan", "diff", "mm", name)["changed"]
+        assert isinstance(rows, list)
+        plan = Runner(Store(store)).load(Store(store).resolve("mm"))
+        assert len(rows) == sum(e.format == "int4" for e in plan.entries) > 20
+        assert {(row["bytes"], row[f"{key}_b"]) for row in rows} == {(0, value)}
+        text = call(store, "plan", "diff", "mm", name).stdout
+        assert re.search(rf"int4 channel:0 {rows[0][f'{key}_a']} +int4 channel:0 {value}", text)
+
+
+def test_sizes_of_files_and_folders_are_those_of_the_store(store: Path, tmp_path: Path) -> None:
+    good(store, "plan", "empirical", "--target-bpw", "6", "--name", "sized")
+    made = good(store, "quantize", "sized")
+    found = good(store, "size", str(made["id"]))
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(Path(str(made["file"])).read_bytes())
+    for path in (copy, Path(str(made["file"])).parent):
+        by_path = good(store, "size", str(path))
+        for key in ("file_bytes", "kinds", "tensors", "bits_per_weight"):
+            assert by_path[key] == found[key]
+    assert call(store, "size", str(copy)).stdout.startswith(str(copy))
+    missing = call(store, "size", str(tmp_path / "none.safetensors"))
+    assert (missing.exit_code, "there is no file" in missing.stderr) == (1, True)
+
+
 def test_show_lists_every_parameter_with_what_would_be_next(store: Path) -> None:
     data = good(store, "plan", "show", "by-fisher")
     entries = data["entries"]
