@@ -1,18 +1,25 @@
 """``fqdiff plan`` with a budget, ``plan show``, ``plan diff`` and ``plot plan``."""
 
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fqdiff
+from fqdiff.cli.plan_budget import budget_defaults
 from fqdiff.cli.plan_show import diff_rows
-from fqdiff.errors import LineageError
+from fqdiff.configs import SCORES, PlanConfig
+from fqdiff.errors import ConfigError, LineageError
 from fqdiff.pipeline import Runner
+from fqdiff.planning.plans import check_target
 from fqdiff.store.store import Store
 from tests.test_cli import call, good
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +337,53 @@ def test_phases_go_from_the_plan_to_the_images(store: Path, tmp_path: Path) -> N
     result = call(store, "plan", "empirical", "--uniform", "int4", "--phases", "2")
     assert result.exit_code == 2
     assert "phases" in result.stderr
+
+
+def test_the_table_of_what_goes_with_a_score_is_true() -> None:
+    """Against the settings themselves, cell by cell."""
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    head, *rows = re.findall(
+        r"^\| (.*) \|$", text[text.index("| `--score` | a size") :].partition("\n\n")[0], re.MULTILINE
+    )
+    columns: dict[str, dict[str, Any]] = {
+        "a size": {},
+        "`--pareto`": {},
+        "`--max-loss-increase`": {"target_bpw": 0.0, "max_loss_increase": 1.0},
+        "`--predictor gram`": {"predictor": "gram"},
+        "`--refine`": {"refine": 3},
+        "`--phases`": {"phases": 2},
+        "`output` channels": {"granularity": "channel,output"},
+        "kept elements": {"granularity": "channel,element"},
+    }
+    assert head.split(" | ")[1:] == list(columns)
+    told = {row.split(" | ")[0].strip("`"): row.split(" | ")[1:] for row in rows}
+    assert told.keys() == set(SCORES)
+    for score, cells in told.items():
+        for cell, settings in zip(cells, columns.values(), strict=True):
+            try:
+                PlanConfig("budget", **{"target_bpw": 4.0, "score": score, **settings})
+            except ConfigError:
+                assert cell == "no", (score, settings)
+            else:
+                assert cell == "yes", (score, settings)
+
+
+def test_every_budget_of_the_example_sweep_can_be_kept(store: Path) -> None:
+    """Rejects 1.5 bits without one-bit codes, and controls that lack the formats of their rivals."""
+    good(store, "import", "pretrained:mnist-small", "--name", "small")
+    checkpoint = Runner(Store(store)).load(Store(store).resolve("small"))
+    sweep = tomllib.loads((ROOT / "examples" / "sweeps" / "budget.toml").read_text())
+    listed = [
+        (p, bpw, score) for p in sweep["plans"] for bpw in several(p["target_bpw"]) for score in several(p["score"])
+    ]
+    assert {bpw for _, bpw, _ in listed} == {1.5, 2.0, 2.5, 3.0, 3.5, 4.0}
+    assert {score for _, _, score in listed} == set(SCORES)
+    for given, bpw, score in listed:
+        table = sweep["fisher"][given["fisher"]]
+        settings = {"target_bpw": bpw, "score": score, "formats": tuple(given.get("formats", ()))}
+        config = PlanConfig("budget", **{**budget_defaults(table, settings), **settings})  # type: ignore[arg-type]
+        check_target(checkpoint, config, table["granularity"] == "weight")
+
+
+def several(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
