@@ -26,10 +26,10 @@ from fqdiff.quant.formats import (
     Grain,
     PerChannel,
     PerElement,
-    PerOutput,
     PerTensor,
     get_format,
     parse_granularity,
+    scales_of,
 )
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.quant.positions import check_positions, index_bytes, is_bitmap, pack_positions, unpack_positions
@@ -309,8 +309,10 @@ def test_no_element_of_a_ladder_gets_a_narrower_format_than_it_asks_for_and_no_w
     """Every way counted anew. Rejects the cast for all that ask for no more than int8, and int4 for those that do."""
     ladder = ("float16", "int8", "int4", "int2")
     given = {"strategy": "threshold", "threshold": 60.0, "lower_thresholds": (8.0, 2.0), "ladder": ladder}
-    made = make(checkpoint, weight_table, granularity="element", **given)
-    fisher = weight_table.weights[0].read()
+    # Tensors whose values differ by decades, so that they ask for different formats.
+    fisher = {n: v * 4.0 ** (k % 6 - 3) for k, (n, v) in enumerate(weight_table.weights[0].read().items())}
+    table = replace(weight_table, weights=(WeightBin(0, 999, lambda: fisher),))
+    made = make(checkpoint, table, granularity="element", **given)
     stored = set()
     for e in made.entries:
         if e.threshold is None:
@@ -320,12 +322,10 @@ def test_no_element_of_a_ladder_gets_a_narrower_format_than_it_asks_for_and_no_w
         assert isinstance(asks, torch.Tensor)
         at_most = {rank: int((asks < rank).sum()) for rank in range(1, 4)}  # so many ask for more than this format
         widest = int(asks.min())
-        whole = "tensor" if widest == 0 else "channel:0" if ".up." not in e.parameter else "channel:1"
-        scales = parse_granularity(whole)
+        by = scales_of(grain) if "channel" in e.granularity else PerChannel(0)
+        scales = PerTensor() if widest == 0 else by
         sizes = {(widest, 0): stored_bytes(e.shape, get_format(ladder[widest]), scales)}
         for rank in set(asks.flatten().tolist()) - {widest}:
-            by = parse_granularity(e.granularity.split("+")[-1]) if isinstance(grain, PerElement) else PerChannel(0)
-            assert not isinstance(by, PerElement | PerOutput)
             kept = PerElement(at_most[rank], "float16", by)
             sizes[rank, at_most[rank]] = stored_bytes(e.shape, get_format(ladder[rank]), kept)
         count = grain.count if isinstance(grain, PerElement) else 0
