@@ -36,6 +36,7 @@ class Stage:
 
     A role that ends in a star stands for any number of inputs, ``model*`` for ``model1``, ``model2``, ..., passed as a tuple.
     ``shard``: the function that does one of several shares of the work and keeps it as parts, where the stage has one.
+    ``compares``: its inputs may be of several checkpoints; those of all other stages belong to one.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Stage:
     schema: int = 1
     parallel: bool = False  # whether every process started by torchrun takes part
     shard: str = ""
+    compares: bool = False
 
     def roles(self, given: Iterable[str]) -> tuple[str, ...]:
         """The roles in order, stars replaced by those of ``given`` they stand for."""
@@ -114,12 +116,15 @@ STAGES: Mapping[str, Stage] = {
     ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",), shard="fqdiff.stages.sample:sample_shard"),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
-    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline"), schema=2),
+    "fid": Stage(
+        "metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline"), schema=2, compares=True
+    ),
     "compare": Stage(
         "comparison",
         "fqdiff.stages.compare:compare",
         ("dataset", "features", "baseline", "floor", "model*", "network*"),
         schema=3,
+        compares=True,
     ),
 }
 
@@ -164,6 +169,29 @@ class Step:
         return self.recipe.id
 
 
+def checkpoint_of(source: "Step | Manifest | External") -> str | None:
+    """Id of the checkpoint that ``source`` is, or was made from under that role; None where its recipe names none."""
+    if isinstance(source, External) or source.kind == "checkpoint":
+        return source.id if source.kind == "checkpoint" else None
+    found = source.recipe.input("checkpoint")
+    return found.id if found is not None else None
+
+
+def check_one_checkpoint(step: Step) -> None:
+    """Raise LineageError where inputs of ``step`` belong to different checkpoints, though names and shapes may agree."""
+    if STAGES[step.stage].compares:
+        return
+    owners = {role: (source, owner) for role, source in step.inputs.items() if (owner := checkpoint_of(source))}
+    # Of a checkpoint and what is said to be made from it, the checkpoint is the one that was asked for.
+    first = next((role for role, (source, _) in owners.items() if source.kind == "checkpoint"), next(iter(owners), ""))
+    for role, (source, owner) in owners.items():
+        if owner != owners[first][1]:
+            raise LineageError(
+                f"{step.stage}: {role} {source.id} is of checkpoint {owner}, {first} of {owners[first][1]}",
+                f"give a {source.kind} made from checkpoint {owners[first][1]}: equal names and shapes are not enough",
+            )
+
+
 def _plain(value: Any) -> Any:
     """``value`` as JSON would give it back: tuples become lists."""
     if isinstance(value, Mapping):
@@ -190,8 +218,10 @@ class Runner:
     def run(self, step: Step) -> Manifest:
         """The artifact of ``step``: found in the store, or made now together with the steps it needs.
 
-        With ``force`` the last step is made again even if it is there; its inputs are not.
+        With ``force`` the last step is made again even if it is there; its inputs are not. Raises LineageError where inputs are
+        of different checkpoints.
         """
+        check_one_checkpoint(step)
         recipe = step.recipe
         made_now = (recipe.kind, recipe.id) in self._made
         found = None if self.force and not made_now else self.store.find(recipe.kind, recipe.id)
@@ -252,6 +282,7 @@ class Runner:
 
     def run_shard(self, step: Step, shard: tuple[int, int]) -> None:
         """Do share k of N of ``step``, counted from 1, and keep it as parts. Other shares may run at the same time."""
+        check_one_checkpoint(step)
         recipe = step.recipe
         if self.store.find(recipe.kind, recipe.id) is not None:
             self.say(f"{step.stage}: found {recipe.kind} {recipe.id}, whole")

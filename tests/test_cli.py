@@ -463,11 +463,11 @@ def test_progress_shows_loss_rate_and_time_left_on_a_terminal_only(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--uniform", "int8", "--at", "5"], "has no use for at"),
-        (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for thresholds"),
+        (["plan", "--uniform", "int8", "--at", "5"], "has no use for --at"),
+        (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for --thresholds"),
         (["plan", "--thresholds", "1/2"], "2 thresholds for 3 groups"),
         (["plan", "--threshold", "a,b"], "threshold 'a,b' is no number"),
-        (["plan", "--threshold", "3,2"], "lower_thresholds without a ladder"),
+        (["plan", "--threshold", "3,2"], "a --threshold of several without a ladder"),
         (["plan", "--uniform", "int4", "--granularity", "element"], "one format for all"),
         (["plan", "--low", "int4", "--granularity", "element"], "granularity element needs those of single weights"),
         (["plan", "--symmetric"], "symmetric says nothing about float16 and float32"),

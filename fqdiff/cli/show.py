@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fqdiff.errors import ConfigError
+from fqdiff.groups import PLACES
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
     from fqdiff.store.store import Store
 
-
-BLOCKS = ("stem", "1", "2", "3", "4", "5", "6", "head")
+BLOCKS = PLACES
 
 
 def duration(seconds: float) -> str:
