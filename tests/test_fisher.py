@@ -24,6 +24,7 @@ from fqdiff.stages.fisher import fisher
 from fqdiff.values import Checkpoint, Dataset, FisherEntry, FisherTable, predict_noise
 
 SEED = 5
+ROUNDINGS = 32 * torch.finfo(torch.float32).eps  # batches of other sizes add up in another order
 
 
 def with_prediction(checkpoint: Checkpoint, prediction: str) -> Checkpoint:
@@ -301,7 +302,7 @@ def test_the_batch_size_does_not_matter(
     pieces = fisher(checkpoint, dataset, config, 0, Context())
     for name, entry in whole.entries.items():
         other = pieces.entries[name]
-        torch.testing.assert_close(entry.mean, other.mean, rtol=1e-6, atol=0, msg=name)
+        torch.testing.assert_close(entry.mean, other.mean, rtol=ROUNDINGS, atol=0, msg=name)
         torch.testing.assert_close(entry.maximum, other.maximum, rtol=1e-5, atol=0)
         torch.testing.assert_close(entry.standard_error, other.standard_error, rtol=1e-5, atol=0)
 
