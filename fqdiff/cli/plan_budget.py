@@ -1,6 +1,7 @@
 """What ``fqdiff plan`` has for budgets: targets as flags, the table of a plan, and Pareto curves."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ PLAIN = {"phases": 1, "rounding": "nearest", "predictor": "diagonal"}  # with wh
 ONE_FORMAT = ("uniform", "modelopt", "autoround")  # scores of tensors in one format each
 
 
-def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
-    """The settings of a budget: flags, then the file, then the score that suits the Fisher table.
+def budget_config(session: Session, given_flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
+    """The settings of a budget: flags, then the file, then the score that suits the Fisher table; a flag may be missing.
 
     A target among the flags replaces that of the file; a grid of targets stands for its first.
     """
+    flags = defaultdict(lambda: None, given_flags)
     size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
     names = ("score", "timestep_weights", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
     others = ("predictor", "refine", "calibration_timesteps", "calibration_samples", "phases", "traffic_bpw")

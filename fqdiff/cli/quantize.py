@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.output import copy_out
-from fqdiff.cli.quantize_steps import (
-    CORRECTION,
-    OF_ACTIVATIONS,
-    STEPS,
-    TEMPORAL,
+from fqdiff.cli.quantize_inputs import (
+    WEIGHTS,
+    calibration_by_method,
     calibration_of,
-    carried_out,
-    requested,
+    check_plan,
+    planned,
+    planned_by_method,
+    with_plan,
 )
+from fqdiff.cli.quantize_steps import CORRECTION, OF_ACTIVATIONS, STEPS, TEMPORAL, carried_out, requested
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
 from fqdiff.configs import (
@@ -28,6 +29,7 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
+from fqdiff.errors import ConfigError
 from fqdiff.methods import get_bundle
 from fqdiff.treatment.request import make_treatment
 
@@ -45,12 +47,23 @@ SCALES_BY_TIME = "Activation scales by time"
 def quantize(
     session: Session,
     source: Annotated[
-        str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="[PLAN]")
+        str | None,
+        typer.Argument(
+            help="Plan, or with --method a checkpoint: name, id or prefix.",
+            show_default="the latest plan",
+            metavar="[REF]",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also copy the safetensors file here.")] = None,
     method: Annotated[
         str | None,
         typer.Option(help="A published method's settings, under all others; see fqdiff methods.", show_default="none"),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a checkpoint with --method: the format of its weights, or a budget's bits.", show_default=WEIGHTS
+        ),
     ] = None,
     bias_correction: Annotated[
         str | None,
@@ -341,8 +354,13 @@ def quantize(
         ),
     ] = None,
 ) -> None:
-    """Write the smaller checkpoint that a plan describes."""
-    chosen = session.resolve(source, ("plan",))
+    """Write the smaller checkpoint that a plan, or a method for a checkpoint, describes."""
+    chosen = session.resolve(source, ("plan",) if source is None else ("plan", "checkpoint"))
+    if chosen.kind == "checkpoint" and method is None:
+        hint = f"name a method: --method linear; or make a plan: fqdiff plan {chosen.id}"
+        raise ConfigError(f"checkpoint {chosen.id} without a plan that says how to quantize it", hint)
+    if weights is not None and chosen.kind == "plan":
+        raise ConfigError("--weights of a plan, which says them itself", "leave it out, or name a checkpoint")
     flags: dict[str, dict[str, object]] = {
         "quantize": {
             "bias_correction": bias_correction,
@@ -389,20 +407,29 @@ def quantize(
     }
     request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal)
     treatment = make_treatment(request, method)
-    inputs = calibration_of(session, chosen, treatment, calibration)
     facts: dict[str, object] = {}
     lines: tuple[str, ...] = ()
+    if chosen.kind == "checkpoint":
+        assert method is not None
+        subject = planned_by_method(session, chosen, method, get_bundle(method), weights)
+        inputs = calibration_by_method(session, chosen, treatment, calibration, get_bundle(method).scheme)
+    else:
+        subject = planned(session, chosen)
+        inputs = calibration_of(session, subject.checkpoint, treatment, calibration)
     if method is not None:
-        from fqdiff.treatment.suits import check_method, traits_of_plan
-
-        check_method(method, traits_of_plan(session.runner.load(chosen)), inputs)
+        check_plan(session, method, subject, inputs)
+        if subject.made is None and not session.dry_run:
+            carried_out(session, subject, treatment, inputs)  # what is to be refused is, before there is a plan
+            subject = with_plan(session, subject)
+            check_plan(session, method, subject, inputs)
         same = get_bundle(method).flags(treatment.activations is not None)
-        facts = {"method": method, "bundle": same}
+        facts = {"method": method, "bundle": same, "plan": subject.plan.id, "calibration": inputs and inputs.id}
         lines = (f"{method} is {' '.join(same)}" if same else f"{method} is its plan, as it is",)
-    manifest = session.make(carried_out(session, chosen, treatment, inputs), facts, lines)
+    manifest = session.make(carried_out(session, subject, treatment, inputs), facts, lines)
     if manifest is None:
         return
-    promised = session.runner.load(chosen).file_bytes
+    assert subject.made is not None
+    promised = session.runner.load(subject.made).file_bytes
     file = manifest.file("model.safetensors")
     added = added_bytes(session, manifest, promised)
     path = session.store.directory(manifest.kind, manifest.id) / file.name

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fqdiff.cli.session import Session, of_checkpoint, only_input
+from fqdiff.cli.quantize_inputs import Planned, calibration_of, planned, timesteps_of
+from fqdiff.cli.session import Session
 from fqdiff.configs import (
     ActivationConfig,
     NoiseCorrectionConfig,
@@ -14,7 +15,7 @@ from fqdiff.configs import (
 )
 from fqdiff.errors import ConfigError
 from fqdiff.treatment.request import Request, Wish, make_treatment
-from fqdiff.treatment.treatment import Treatment, refuse_calibration
+from fqdiff.treatment.treatment import Treatment
 
 if TYPE_CHECKING:
     from fqdiff.pipeline import Step
@@ -65,45 +66,28 @@ def requested(
     )
 
 
-def calibration_of(
-    session: Session, plan_manifest: "Manifest", treatment: Treatment, ref: str | None
-) -> "Manifest | None":
-    """The set that ``treatment`` learns from: the one that ``ref`` names, else the latest of the plan's checkpoint.
-
-    None where nothing learns from one; naming one is then refused.
-    """
-    if ref is not None:
-        refuse_calibration(treatment)
-    if not treatment.is_calibrated:
-        return None
-    return of_checkpoint(session, "calibration", only_input(session, plan_manifest, "checkpoint").id, ref)
-
-
 def carried_out(
-    session: Session, plan_manifest: "Manifest", treatment: Treatment, calibration: "Manifest | None"
+    session: Session, subject: Planned, treatment: Treatment, calibration: "Manifest | Step | None"
 ) -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with the Fisher tables it was made from.
+    """The step that carries out a plan on the checkpoint it is for.
 
-    Unless the result is there already, raises what one of its stages would raise of the plan, the network or the set.
+    Unless the result is there already, raises what one of its stages would raise of the network, of the set, or of the plan,
+    where that is made.
     """
+    from fqdiff.pipeline import Step
     from fqdiff.treatment.feasible import check_feasible
     from fqdiff.treatment.steps import treated_step
 
-    tables = {
-        role: only_input(session, plan_manifest, role)
-        for role in ("fisher", "trajectory")
-        if plan_manifest.input(role) is not None
-    }
-    checkpoint = only_input(session, plan_manifest, "checkpoint")
-    step = treated_step(checkpoint, plan_manifest, tables, calibration, treatment, session.seed)
+    checkpoint, plan = subject.checkpoint, subject.plan
+    step = treated_step(checkpoint, plan, subject.tables, calibration, treatment, session.seed)
     if session.store.find(step.kind, step.id) is None:
-        load = session.runner.load
-        t = None if calibration is None else load(calibration).t
-        check_feasible(treatment, load(checkpoint).spec, load(plan_manifest), t)
+        made = None if isinstance(plan, Step) else session.runner.load(plan)
+        spec = session.runner.load(checkpoint).spec
+        check_feasible(treatment, spec, made, timesteps_of(session, checkpoint, calibration))
     return step
 
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
-    treatment = make_treatment(requested(session))
-    return carried_out(session, plan_manifest, treatment, calibration_of(session, plan_manifest, treatment, None))
+    treatment, subject = make_treatment(requested(session)), planned(session, plan_manifest)
+    return carried_out(session, subject, treatment, calibration_of(session, subject.checkpoint, treatment, None))
