@@ -159,6 +159,16 @@ def quantize(
             rich_help_panel=RECONSTRUCTION,
         ),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1e6,
+            help="Minutes for --reconstruct and --learn-steps together; schedules are shortened to fit.",
+            show_default="as long as it takes",
+            metavar="MINUTES",
+        ),
+    ] = None,
     reconstruct_minutes: Annotated[
         float | None,
         typer.Option(
@@ -319,6 +329,14 @@ def quantize(
             rich_help_panel=LEARNED_STEPS,
         ),
     ] = None,
+    steps_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for all blocks; the schedule is shortened to fit.",
+            show_default="as long as it takes",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
     steps_inputs: Annotated[
         int | None,
         typer.Option(
@@ -396,6 +414,7 @@ def quantize(
             "batch": steps_batch,
             "rate": steps_rate,
             "inputs": steps_inputs,
+            "minutes": steps_minutes,
         },
         CORRECTION: {"intervals": noise_intervals},
     }
@@ -405,7 +424,7 @@ def quantize(
         STEPS: learn_steps,
         CORRECTION: noise_correction or None,
     }
-    request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal)
+    request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal, budget)
     treatment = make_treatment(request, method)
     facts: dict[str, object] = {}
     lines: tuple[str, ...] = ()

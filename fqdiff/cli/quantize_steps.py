@@ -35,10 +35,11 @@ def requested(
     asked: Mapping[str, bool | None] | None = None,
     reparameterize: bool | None = None,
     temporal_first: bool | None = None,
+    minutes: float | None = None,
 ) -> Request:
     """What flags ask of every stage, and under them the settings file, whose tables ask for their stage by being there.
 
-    ``flags``: settings by stage, None where not given; ``asked``: whether a stage is, by flag.
+    ``flags``: settings by stage, None where not given; ``asked``: whether a stage is, by flag. ``minutes``: for all that learns.
     """
     tables = [name for name in RECONSTRUCT if name in session.tables()]
     if len(tables) > 1:
@@ -63,6 +64,7 @@ def requested(
         temporal_scales=wish(TEMPORAL, TemporalConfig, TEMPORAL),
         activation_steps=wish(STEPS, StepsConfig, STEPS),
         noise_correction=wish(CORRECTION, NoiseCorrectionConfig, CORRECTION),
+        minutes=minutes or 0.0,
     )
 
 
