@@ -101,7 +101,9 @@ STAGES: Mapping[str, Stage] = {
         "quantized", "fqdiff.stages.reconstruct:reconstruct_temporal_first", ("checkpoint", "model", "calibration")
     ),
     "activations": Stage(
-        "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
+        "quantized",
+        "fqdiff.stages.activations:quantize_planned_activations",
+        ("checkpoint", "model", "calibration", "plan"),
     ),
     "temporal-scales": Stage(
         "quantized", "fqdiff.stages.temporal_scales:learn_temporal_scales", ("checkpoint", "model", "calibration")

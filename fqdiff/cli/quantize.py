@@ -373,6 +373,8 @@ def quantize(
     ] = None,
 ) -> None:
     """Write the smaller checkpoint that a plan, or a method for a checkpoint, describes."""
+    from fqdiff.treatment.steps import activations_of
+
     chosen = session.resolve(source, ("plan",) if source is None else ("plan", "checkpoint"))
     if chosen.kind == "checkpoint" and method is None:
         hint = f"name a method: --method linear; or make a plan: fqdiff plan {chosen.id}"
@@ -424,17 +426,21 @@ def quantize(
         STEPS: learn_steps,
         CORRECTION: noise_correction or None,
     }
-    request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal, budget)
-    treatment = make_treatment(request, method)
-    facts: dict[str, object] = {}
-    lines: tuple[str, ...] = ()
     if chosen.kind == "checkpoint":
         assert method is not None
         subject = planned_by_method(session, chosen, method, get_bundle(method), weights)
-        inputs = calibration_by_method(session, chosen, treatment, calibration, get_bundle(method).scheme)
     else:
         subject = planned(session, chosen)
+    request = requested(
+        session, flags, asked, reparameterize or None, reconstruct_temporal, budget, activations_of(subject.plan)
+    )
+    treatment = make_treatment(request, method)
+    if chosen.kind == "checkpoint":
+        inputs = calibration_by_method(session, chosen, treatment, calibration, get_bundle(str(method)).scheme)
+    else:
         inputs = calibration_of(session, subject.checkpoint, treatment, calibration)
+    facts: dict[str, object] = {}
+    lines: tuple[str, ...] = ()
     if method is not None:
         check_plan(session, method, subject, inputs)
         if subject.made is None and not session.dry_run:

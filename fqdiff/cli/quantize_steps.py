@@ -13,7 +13,7 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ConfigError, require
 from fqdiff.treatment.request import Request, Wish, make_treatment
 from fqdiff.treatment.treatment import Treatment
 
@@ -36,10 +36,12 @@ def requested(
     reparameterize: bool | None = None,
     temporal_first: bool | None = None,
     minutes: float | None = None,
+    planned_format: str = "",
 ) -> Request:
     """What flags ask of every stage, and under them the settings file, whose tables ask for their stage by being there.
 
     ``flags``: settings by stage, None where not given; ``asked``: whether a stage is, by flag. ``minutes``: for all that learns.
+    ``planned_format``: of activations where the plan has it; to ask for another is refused.
     """
     tables = [name for name in RECONSTRUCT if name in session.tables()]
     if len(tables) > 1:
@@ -55,12 +57,16 @@ def requested(
 
     if temporal_first is None and tables == ["reconstruct-temporal"] and asked.get("reconstruct") is not False:
         temporal_first = True
+    activations = session.given("activations", ActivationConfig, **flags.get("activations", {}))
+    if planned_format:
+        require("format" not in activations, "--activations of a plan that has its own", "leave it out")
+        activations["format"] = planned_format
     return Request(
         quantize=session.given("quantize", QuantizeConfig, **flags.get("quantize", {})),
         reparameterize=reparameterize,
         reconstruct=wish("reconstruct", ReconstructConfig, tables[0] if tables else "reconstruct"),
         temporal_first=temporal_first,
-        activations=session.given("activations", ActivationConfig, **flags.get("activations", {})),
+        activations=activations,
         temporal_scales=wish(TEMPORAL, TemporalConfig, TEMPORAL),
         activation_steps=wish(STEPS, StepsConfig, STEPS),
         noise_correction=wish(CORRECTION, NoiseCorrectionConfig, CORRECTION),
@@ -91,5 +97,8 @@ def carried_out(
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
-    treatment, subject = make_treatment(requested(session)), planned(session, plan_manifest)
+    from fqdiff.treatment.steps import activations_of
+
+    subject = planned(session, plan_manifest)
+    treatment = make_treatment(requested(session, planned_format=activations_of(plan_manifest)))
     return carried_out(session, subject, treatment, calibration_of(session, subject.checkpoint, treatment, None))

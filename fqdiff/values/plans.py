@@ -1,6 +1,7 @@
 """Plans, and all that explains them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -119,7 +120,8 @@ class Phases:
 class Plan:
     """One entry per parameter, kept ones included. ``file_bytes`` is the size of the file that ``quantize`` writes.
 
-    ``timestep_weights``: how timesteps count in the Fisher values of single weights, where no budget says so.
+    ``timestep_weights``: how timesteps count in the Fisher values of single weights, where no budget says so. ``activations``:
+    their formats by site, empty where it says nothing of them.
     """
 
     strategy: str
@@ -128,6 +130,7 @@ class Plan:
     budget: Budget | None = None
     phases: Phases | None = None
     timestep_weights: str = "uniform"
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, tuple[Format, Grain]]:
