@@ -314,4 +314,20 @@ def test_every_method_has_its_section_with_an_equation() -> None:
     assert list(sections) == NAMES
     for name, text in sections.items():
         assert " = " in text
+        assert re.findall(r"!\[[^\]]+\]\(images/methods/(\S+)\.svg\)", text) == [name]
         assert name == "fisher" or METHODS[name].paper.rpartition("arXiv:")[2] in text
+
+
+def test_every_picture_of_a_method_is_there_and_drawn_by_the_script() -> None:
+    """The page names one for each method, above. Rejects a picture that nobody names, and colours that a dark page hides."""
+    docs = Path(__file__).parent.parent / "docs"
+    files = {path.stem: path for path in (docs / "images" / "methods").iterdir()}
+    assert {path.suffix for path in files.values()} == {".svg"}
+    drawn = re.findall(
+        r'^    "([a-z0-9-]+)": [a-z0-9_]+,$', (docs / "generate_method_pictures.py").read_text(), re.MULTILINE
+    )
+    assert sorted(files) == sorted(drawn) == sorted(NAMES)
+    for path in files.values():
+        content = path.read_text()
+        assert len(content) < 60_000
+        assert not re.search(r"(fill|stroke): (#000000|#ffffff|black|white)", content)
