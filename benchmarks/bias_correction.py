@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fqdiff.configs import BIAS_CORRECTIONS, QuantizeConfig
+from fqdiff.context import Context
 from fqdiff.pipeline import Runner, Step
 from fqdiff.sensitivity.inputs import draw_inputs, graded_timesteps
 from fqdiff.sensitivity.measure import final_images, outputs, residual, rises
@@ -31,7 +32,6 @@ from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
 from fqdiff.values import Model
 
-CPU = torch.device("cpu")
 STEPS, SAMPLES, TIMESTEPS = 25, 5, 20
 COLUMNS = ("plan", "correction", "file bytes", "noise error", "noise shift", "image error", "change", "image shift")
 
@@ -42,7 +42,7 @@ class Bench:
     def __init__(self, runner: Runner, checkpoint: Manifest, images: int, seed: int) -> None:
         dataset = runner.store.find("dataset", next(i.id for i in checkpoint.recipe.inputs if i.role == "dataset"))
         assert dataset is not None
-        self.images, self.seed = images, seed
+        self.images, self.seed, self.device = images, seed, runner.context.device
         model = runner.load(checkpoint)
         total = model.spec.noise_schedule().num_train_timesteps
         timesteps, self.weights = graded_timesteps(total, TIMESTEPS)
@@ -52,9 +52,9 @@ class Bench:
         self.residual = residual(self.inputs, self.outputs)
 
     def _run(self, model: Model) -> tuple[Tensor, Tensor]:
-        network = model.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        final = final_images(network, model.spec, self.images, STEPS, self.seed, CPU)
-        return outputs(network, self.inputs, CPU), final
+        network = model.network().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        final = final_images(network, model.spec, self.images, STEPS, self.seed, self.device)
+        return outputs(network, self.inputs, self.device), final
 
     def measure(self, model: Model) -> tuple[float, float, Tensor, float]:
         """Noise error, noise shift, squared error of each image, image shift."""
@@ -104,9 +104,11 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path(os.environ.get("FQDIFF_STORE", "fqdiff-store")))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
-    for row in rows(Runner(Store(arguments.store)), arguments.plans, arguments.images, arguments.seed):
+    runner = Runner(Store(arguments.store), Context(torch.device(arguments.device)))
+    for row in rows(runner, arguments.plans, arguments.images, arguments.seed):
         print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fqdiff.configs import RIVALS, ClassifierConfig, FidConfig, PlanConfig, QuantizeConfig, SampleConfig
-from fqdiff.context import Context
+from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ConfigError
 from fqdiff.evidence.features import to_unit_range
 from fqdiff.pipeline import Runner, Step
@@ -47,7 +47,6 @@ WHOLE: dict[str, Any] = {"granularity": GRAINS, "scale": "float16"}  # one forma
 FREE: dict[str, Any] = {"granularity": f"{GRAINS},output", "scale": "float16"}
 TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", "codebook2", "ternary", "codebook1")
 TINY_BELOW = 1.75  # bits per weight, for which no plan without one-bit codes is small enough
-DISTILL = 1000
 SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, settings of the plan)
     "trajectory": ("runs", {"score": "trajectory", **FREE}),
     "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}),
@@ -67,8 +66,9 @@ SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, setti
     "reverse": ("loss", {"score": "reverse", **FREE}),
     "one width": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}),
 }
-DISTILLED = ", distilled"  # kept elements cannot be
-STRATEGIES = [*SCORES, *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name)]
+DISTILLED, LONGER = ", distilled", ", distilled longer"  # kept elements cannot be
+STEPS = {LONGER: 8000, DISTILLED: 1000}
+STRATEGIES = [*SCORES, *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name), f"trajectory{LONGER}"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ class Judge:
         self.reference = self.outputs(checkpoint)
         self.residual = residual(self.inputs, self.reference)
 
+    def alone(self) -> Context:
+        """The context with partial results of its own: those of one model are not another's."""
+        return replace(self.context, parts=MemoryParts())
+
     def outputs(self, model: Any) -> Tensor:
         """What ``model`` predicts for the held-out inputs, float64."""
         return outputs(model.network().to(self.context.device), self.inputs, self.context.device)
@@ -125,7 +129,7 @@ class Judge:
 
     def samples(self, model: Any, seed: int) -> SampleSet:
         """Images from the noise of ``seed``."""
-        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, self.context)
+        return sample(model, SampleConfig(steps=self.steps, count=self.images), seed, self.alone())
 
     def sampled(self, model: Any, seed: int) -> Tensor:
         """The same in [-1, 1], float64."""
@@ -147,7 +151,7 @@ class Judge:
         images = to_unit_range(samples.images).double()
         # Of other noise there are no pairs; the stage would refuse it.
         beside = replace(samples, seed=self.baseline_samples.seed)
-        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, self.context)
+        found = fid(beside, dataset, features, self.baseline_samples, FidConfig(), 0, self.alone())
         assert found.difference is not None
         assert found.interval is not None
         return Row(
@@ -177,8 +181,9 @@ def ours(
     runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], target: dict[str, Any], name: str
 ) -> Made | None:
     """The model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
-    role, settings = SCORES[name.removesuffix(DISTILLED)]
-    steps = DISTILL if name.endswith(DISTILLED) else 0
+    suffix = next((one for one in STEPS if name.endswith(one)), "")
+    role, settings = SCORES[name.removesuffix(suffix)]
+    steps = STEPS.get(suffix, 0)
     if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
         settings = {**settings, "formats": TINY}
     table, config = tables[role], PlanConfig("budget", **target, **settings)

@@ -5,6 +5,7 @@
 Every step is stored: run it again and nothing is computed twice.
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -34,4 +35,7 @@ def main(store_path: str, count: int = 50, steps: int = 20) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(os.environ.get("FQDIFF_STORE", "fqdiff-store"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", default=os.environ.get("FQDIFF_STORE", "fqdiff-store"))
+    options = parser.parse_args()
+    main(options.store)

@@ -5,6 +5,7 @@
 Nothing is computed until it is asked for: a Step is an artifact that may not exist yet, and ``runner.run`` makes what is missing.
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -57,4 +58,7 @@ def main(store_path: str, count: int = 200, **training: int) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    main(os.environ.get("FQDIFF_STORE", "fqdiff-store"), steps=300)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", default=os.environ.get("FQDIFF_STORE", "fqdiff-store"))
+    options = parser.parse_args()
+    main(options.store, steps=300)

@@ -4,10 +4,11 @@
     fqdiff compare demo-fp32 demo-int4 --features torchscript:edges.pt
 
 It takes float32 images [N, C, H, W] in [-1, 1] and gives features [N, D]. This one sees how strong edges are in each part of the
-image, and nothing else: FID in it is a distance between the statistics of edges. The file can execute: take it from nobody else.
+image, and nothing else: FID in it is a distance between the statistics of edges. A network that classifies may give a pair,
+features and logits [N, K], and then has an Inception score. The file can execute: take it from nobody else.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -32,4 +33,6 @@ def main(path: str) -> Path:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "edges.pt")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", default="edges.pt", help="the file to write")
+    main(parser.parse_args().path)

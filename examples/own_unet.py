@@ -7,6 +7,7 @@ U-Net (trained or imported): Fisher tables, plans, sampling, comparisons. So the
 what it does to the output when it alone is quantized.
 """
 
+import argparse
 import copy
 import tempfile
 from pathlib import Path
@@ -74,4 +75,5 @@ def main(channels: int = 32) -> dict[str, tuple[int, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

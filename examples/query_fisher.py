@@ -3,6 +3,7 @@
 python examples/query_fisher.py            # the latest table in ./fqdiff-store, or FQDIFF_STORE
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -34,4 +35,7 @@ def _columns(table):
 
 
 if __name__ == "__main__":
-    main(os.environ.get("FQDIFF_STORE", "fqdiff-store"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", default=os.environ.get("FQDIFF_STORE", "fqdiff-store"))
+    options = parser.parse_args()
+    main(options.store)

@@ -133,12 +133,12 @@ def comparison_step(
             here, there = source.recipe.config.get(setting), first.config[setting]
             if here != there:
                 raise LineageError(
-                    f"samples {source.id} have {setting} {here}, the baseline's {first.id} {there}",
+                    f"samples {source.id} were made with {setting} {here}, the baseline's, {first.id}, with {there}",
                     "sample all models in the same way, or name the models instead of their samples",
                 )
         if source is not floor and source.recipe.seed != first.seed:
             raise LineageError(
-                f"samples {source.id} have seed {source.recipe.seed}, the baseline's {first.id} {first.seed}",
+                f"samples {source.id} were made with seed {source.recipe.seed}, the baseline's, {first.id}, with {first.seed}",
                 "sample all with the same --seed",
             )
     inputs: dict[str, Step | Manifest | External] = {"dataset": dataset, "features": features, "baseline": baseline}

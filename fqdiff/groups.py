@@ -3,6 +3,7 @@
 from fqdiff.errors import GroupsError
 
 BLOCKS = (1, 2, 3, 4, 5, 6)
+PLACES = ("stem", *map(str, BLOCKS), "head")  # every parameter is in one of them
 HINT = "list each block once, e.g. --groups 12/345/6 or 1-2/3-5/6"
 Groups = tuple[tuple[int, ...], ...]
 

@@ -232,12 +232,12 @@ METHODS: Mapping[str, Method] = {
             "this project's own, docs/concepts.md",
             2026,
             ("fqdiff fisher", "fqdiff plan --target-bpw 4.25", "fqdiff quantize --method fisher [--activations int8]"),
-            "a format for every tensor, so that the predicted rise of the loss is least within the budget; 250 steps of "
+            "a format for every tensor, so that the predicted rise of the loss is least within the budget; 1,000 steps of "
             "distillation of all that is stored; then activations of least squared error, for 20 intervals of timesteps, split "
             "where skips are joined",
             "it is this project's own; plans with phases or elements, which cannot be distilled, take --distill 0",
             "bias and noise correction and learned steps stay flags: which of them earn their place is not measured yet",
-            Bundle({"range": "mse", "intervals": 20, "split_skips": True}, distill=250, strategy="budget"),
+            Bundle({"range": "mse", "intervals": 20, "split_skips": True}, distill=1000, strategy="budget"),
         ),
     )
 }

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Stage:
 
     A role that ends in a star stands for any number of inputs, ``model*`` for ``model1``, ``model2``, ..., passed as a tuple.
     ``shard``: the function that does one of several shares of the work and keeps it as parts, where the stage has one.
+    ``compares``: its inputs may be of several checkpoints; those of all other stages belong to one.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Stage:
     schema: int = 1
     parallel: bool = False  # whether every process started by torchrun takes part
     shard: str = ""
+    compares: bool = False
 
     def roles(self, given: Iterable[str]) -> tuple[str, ...]:
         """The roles in order, stars replaced by those of ``given`` they stand for."""
@@ -116,12 +119,15 @@ STAGES: Mapping[str, Stage] = {
     ),
     "sample": Stage("samples", "fqdiff.stages.sample:sample", ("model",), shard="fqdiff.stages.sample:sample_shard"),
     "classifier": Stage("features", "fqdiff.stages.classifier:classifier", ("dataset",)),
-    "fid": Stage("metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline")),
+    "fid": Stage(
+        "metrics", "fqdiff.stages.fid:fid", ("samples", "dataset", "features", "baseline"), schema=2, compares=True
+    ),
     "compare": Stage(
         "comparison",
         "fqdiff.stages.compare:compare",
         ("dataset", "features", "baseline", "floor", "model*", "network*"),
-        schema=2,
+        schema=3,
+        compares=True,
     ),
 }
 
@@ -144,9 +150,9 @@ class Step:
     config: Any
     seed: int = 0
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
-        """What determines the artifact."""
+        """What determines the artifact. Computed once: the steps of a sweep are made of each other many times over."""
         stage = STAGES[self.stage]
         given = (
             Input(role, source.kind, source.id)
@@ -160,10 +166,33 @@ class Step:
         """Kind of the artifact."""
         return STAGES[self.stage].kind
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Id of the artifact, before it exists."""
         return self.recipe.id
+
+
+def checkpoint_of(source: "Step | Manifest | External") -> str | None:
+    """Id of the checkpoint that ``source`` is, or was made from under that role; None where its recipe names none."""
+    if isinstance(source, External) or source.kind == "checkpoint":
+        return source.id if source.kind == "checkpoint" else None
+    found = source.recipe.input("checkpoint")
+    return found.id if found is not None else None
+
+
+def check_one_checkpoint(step: Step) -> None:
+    """Raise LineageError where inputs of ``step`` belong to different checkpoints, though names and shapes may agree."""
+    if STAGES[step.stage].compares:
+        return
+    owners = {role: (source, owner) for role, source in step.inputs.items() if (owner := checkpoint_of(source))}
+    # Of a checkpoint and what is said to be made from it, the checkpoint is the one that was asked for.
+    first = next((role for role, (source, _) in owners.items() if source.kind == "checkpoint"), next(iter(owners), ""))
+    for role, (source, owner) in owners.items():
+        if owner != owners[first][1]:
+            raise LineageError(
+                f"{step.stage}: {role} {source.id} is of checkpoint {owner}, {first} of {owners[first][1]}",
+                f"give a {source.kind} made from checkpoint {owners[first][1]}: equal names and shapes are not enough",
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -175,21 +204,27 @@ def _plain(value: Any) -> Any:
 
 @dataclass
 class Runner:
-    """A store with all it takes to run stages on it. ``say`` gets one line per event, such as what was found or made."""
+    """A store with all it takes to run stages on it. ``say`` gets one line per event, such as what was found or made.
+
+    ``command`` and ``settings``, the text of the TOML file that it was given, are kept with what is made.
+    """
 
     store: Store
     context: Context = field(default_factory=Context)
     say: Callable[[str], None] = lambda line: None
     command: str = ""
     force: bool = False
+    settings: str = ""
     _loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
     _made: set[tuple[str, str]] = field(default_factory=set)
 
     def run(self, step: Step) -> Manifest:
         """The artifact of ``step``: found in the store, or made now together with the steps it needs.
 
-        With ``force`` the last step is made again even if it is there; its inputs are not.
+        With ``force`` the last step is made again even if it is there; its inputs are not. Raises LineageError where inputs are
+        of different checkpoints.
         """
+        check_one_checkpoint(step)
         recipe = step.recipe
         made_now = (recipe.kind, recipe.id) in self._made
         found = None if self.force and not made_now else self.store.find(recipe.kind, recipe.id)
@@ -250,6 +285,7 @@ class Runner:
 
     def run_shard(self, step: Step, shard: tuple[int, int]) -> None:
         """Do share k of N of ``step``, counted from 1, and keep it as parts. Other shares may run at the same time."""
+        check_one_checkpoint(step)
         recipe = step.recipe
         if self.store.find(recipe.kind, recipe.id) is not None:
             self.say(f"{step.stage}: found {recipe.kind} {recipe.id}, whole")
@@ -285,6 +321,7 @@ class Runner:
             environment(str(self.context.device)),
             round(seconds, 3),
             peak_memory(),
+            self.settings,
         )
         try:
             directory = self.store.temporary(recipe.kind)

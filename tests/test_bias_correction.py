@@ -1,7 +1,7 @@
 """Bias correction: means over calibration inputs come back, files keep their promised size, and nothing else changes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,17 @@ from fqdiff.stages.quantize import quantize
 from fqdiff.stages.sample import sample
 from fqdiff.store.codecs import load_quantized, read_model, save_quantized
 from fqdiff.store.pretrained import open_model
-from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint, model_description, predict_noise
+from fqdiff.store.store import Store
+from fqdiff.values import (
+    Checkpoint,
+    Plan,
+    PlanEntry,
+    QuantizedCheckpoint,
+    model_description,
+    planned_bytes,
+    predict_noise,
+)
+from tests import attacker
 from tests.test_cli import call, good
 
 STATIC = QuantizeConfig("static", calibration_images=6, calibration_steps=10)
@@ -38,10 +48,16 @@ def uniform(checkpoint: Checkpoint, fmt: str = "int3") -> Plan:
     return plan(checkpoint, None, None, PlanConfig("uniform", low=fmt), 0, Context())
 
 
-def only(made: Plan, kept: Plan, layer: str) -> Plan:
+def with_entries(checkpoint: Checkpoint, made: Plan, entries: Iterable[PlanEntry]) -> Plan:
+    """``made`` with other entries, and the size that they promise."""
+    given = tuple(entries)
+    return replace(made, entries=given, file_bytes=planned_bytes(checkpoint.spec, given))
+
+
+def only(checkpoint: Checkpoint, made: Plan, kept: Plan, layer: str) -> Plan:
     """``made`` for the weight of ``layer``, ``kept`` for all else."""
     pairs = zip(made.entries, kept.entries, strict=True)
-    return replace(kept, entries=tuple(low if low.parameter == f"{layer}.weight" else high for low, high in pairs))
+    return with_entries(checkpoint, kept, (a if a.parameter == f"{layer}.weight" else b for a, b in pairs))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +168,7 @@ def test_a_corrected_layer_puts_out_its_full_precision_mean(
     checkpoint: Checkpoint, inputs: CalibrationInputs, layer: str
 ) -> None:
     """Strided, padded, transposed, over tokens and over embeddings; by timestep interval too, but for float16's rounding."""
-    made = only(uniform(checkpoint), uniform(checkpoint, "float32"), layer)
+    made = only(checkpoint, uniform(checkpoint), uniform(checkpoint, "float32"), layer)
     exact = layer_outputs(checkpoint.network(), layer, inputs)
     plain, static, timestep = (
         layer_outputs(quantize(checkpoint, made, None, config, 0, Context()).network(), layer, inputs) - exact
@@ -198,7 +214,7 @@ def test_only_biases_change_and_they_keep_their_format(
     }
     assert changed == {f"{layer}.bias" for layer in models["timestep"].timestep_bias}
     entries = tuple(replace(e, format="float16") if e.parameter in changed else e for e in uniform(checkpoint).entries)
-    half = quantize(checkpoint, replace(uniform(checkpoint), entries=entries), None, STATIC, 0, Context())
+    half = quantize(checkpoint, with_entries(checkpoint, uniform(checkpoint), entries), None, STATIC, 0, Context())
     for name in changed:
         assert half.packed[name].parts["data"].dtype == torch.float16
         assert torch.equal(half.packed[name].parts["data"], static.packed[name].parts["data"].half())
@@ -386,7 +402,7 @@ def test_a_table_that_overflows_is_refused(checkpoint: Checkpoint) -> None:
     huge = {n: t * (1e9 if n == "head.output.weight" else 1) for n, t in checkpoint.tensors.items()}
     loud = replace(checkpoint, tensors=huge)
     with pytest.raises(QuantizationError, match="timestep biases of 'head"):
-        quantize(loud, only(uniform(loud), uniform(loud, "float32"), "head.output"), None, TIMESTEP, 0, Context())
+        quantize(loud, only(loud, uniform(loud), uniform(loud, "float32"), "head.output"), None, TIMESTEP, 0, Context())
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -420,3 +436,13 @@ def test_the_command_prints_both_sizes_and_size_shows_the_tables(tmp_path: Path)
     other, same = (good(store, "quantize", "int4", "--seed", "1", *f, "--dry-run")["id"] for f in (flags, ()))
     assert other != made["id"]
     assert same == good(store, "quantize", "int4", "--dry-run")["id"]
+    # A plan edited to promise less is not explained by biases that nobody asked for.
+    opened = Store(store)
+    edited = opened.resolve("int4")
+    data = json.loads((opened.directory("plan", edited.id) / "plan.json").read_text())
+    size = data["totals"]["file_bytes"] - 8
+    data["totals"] |= {"file_bytes": size, "bits_per_weight": 8 * size / data["totals"]["parameters"]}
+    attacker.rewrite(opened, edited, "plan.json", json.dumps(data).encode())
+    refused = call(store, "quantize", "int4", "--bias-correction", "static", "--calibration-images", "2")
+    assert (refused.exit_code, "biases by timestep" in refused.stderr) == (1, False)
+    assert f"takes {size + 8:,} bytes, and its plan promises {size:,}" in refused.stderr

@@ -187,8 +187,10 @@ def test_inception_features_are_named_with_the_hash_of_their_weights(store: Path
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)
     (samples, *_) = Store(copy).manifests("samples")
-    data = good(copy, "fid", samples.id, "--features", "inception", "--inception-weights", str(weights), "--count", "5")
-    assert (data["features"], data["dimension"], data["n"]) == ("inception-clean", 2048, 5)
+    data = good(
+        copy, "fid", samples.id, "--features", "inception", "--inception-weights", str(weights), "--count", "10"
+    )
+    assert (data["features"], data["dimension"], data["n"]) == ("inception-clean", 2048, 10)
     assert data["features_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
@@ -461,11 +463,11 @@ def test_progress_shows_loss_rate_and_time_left_on_a_terminal_only(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "--uniform", "int8", "--at", "5"], "has no use for at"),
-        (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for thresholds"),
+        (["plan", "--uniform", "int8", "--at", "5"], "has no use for --at"),
+        (["plan", "--ratio", "0.5", "--thresholds", "1/2/3"], "has no use for --thresholds"),
         (["plan", "--thresholds", "1/2"], "2 thresholds for 3 groups"),
         (["plan", "--threshold", "a,b"], "threshold 'a,b' is no number"),
-        (["plan", "--threshold", "3,2"], "lower_thresholds without a ladder"),
+        (["plan", "--threshold", "3,2"], "a --threshold of several without a ladder"),
         (["plan", "--uniform", "int4", "--granularity", "element"], "one format for all"),
         (["plan", "--low", "int4", "--granularity", "element"], "granularity element needs those of single weights"),
         (["plan", "--symmetric"], "symmetric says nothing about float16 and float32"),

@@ -75,8 +75,18 @@ def test_the_text_leads_with_paired_metrics(store: Path) -> None:
     done = call(store, "compare", "full", "float32", "int8", "int2", *quick(store))
     lines = done.stdout.splitlines()
     assert lines[0].startswith("comparison ")
-    assert done.stdout.index("image MSE") < done.stdout.index("FID")
+    places = [done.stdout.index(words) for words in ("Noise predicted", "Sampler runs", "image MSE", "FID")]
+    assert places == sorted(places)
     assert "compare: found comparison" in done.stderr
+    (start,) = (k for k, line in enumerate(lines) if line == "Model against model")
+    rows = [line.split() for line in lines[start + 3 : start + 15]]
+    assert [" ".join(row[:3]) for row in rows[::4]] == [
+        "int8 against float32",
+        "int2 against float32",
+        "int2 against int8",
+    ]
+    assert [row[3] for row in rows[:4]] == ["noise", "divergence", "image", "FID"]
+    assert all("worse" in row for row in (rows[0], rows[1], rows[2], rows[8], rows[9], rows[10]))
     (same,) = [line for line in lines if line.startswith("float32 ") and "identical" in line]
     assert "0.00e+00" in same
     assert any(line.startswith("full, other noise") for line in lines)
@@ -198,7 +208,7 @@ def test_a_network_of_ones_own_gives_the_features(store: Path, tmp_path: Path) -
         (["full", "int8", "--features", "clip"], 2, "unknown features 'clip'"),
         (["full", "int8", "--features", "torchscript:/no/such.pt"], 1, "no feature network at /no/such.pt"),
         (["SAMPLES", "int8", "--steps", "9"], 2, "--steps beside samples"),
-        (["SAMPLES", "OTHER"], 1, "have steps 3, the baseline's"),
+        (["SAMPLES", "OTHER"], 1, "were made with steps 3, the baseline's"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_nothing(
@@ -220,7 +230,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
 def test_the_artifact_is_plain_json(result: dict[str, Any], store: Path) -> None:
     path = Store(store).directory("comparison", str(result["id"])) / "comparison.json"
     data = json.loads(path.read_text())
-    assert data["schema"] == 2
+    assert data["schema"] == 3
     assert data["measures"] == result["measures"]
 
 

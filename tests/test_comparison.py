@@ -14,7 +14,7 @@ from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig, SampleConfig
 from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ArtifactCorrupt, ConfigError, DataError, LineageError, NumericalError
-from fqdiff.evidence.comparison import Resampled, differences
+from fqdiff.evidence.comparison import Resampled, differences, network_differences
 from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
 from fqdiff.evidence.features import FeatureNetwork
 from fqdiff.evidence.frechet import frechet_distance_of_features
@@ -89,6 +89,40 @@ def test_of_two_quantized_models_that_with_a_fid_below_full_precisions_is_not_th
     assert words((10.0, 7.0, 12.0), (1, 2)) == ["not worse", "worse", "not better"]
     assert words((10.0, 14.0, 12.0), (1, 2)) == ["worse", "worse", "better"]
     assert words((10.0, 12.0, 7.0), ()) == ["worse", "better", "better"]
+
+
+def test_a_leader_that_cannot_be_told_from_full_precision_takes_nothing_from_who_is_worse() -> None:
+    """Rejects a rule by the sign of the point estimate: int8 is 0.33 +- 0.35 below full precision, and the other one
+    9 above both; that is worse than int8, too, and not merely "not better".
+    """
+    g = generator(0, "leader")
+    common, own, other = (torch.randn(4000, generator=g, dtype=torch.float64) for _ in range(3))
+
+    def word(leader: float) -> str:
+        found = {
+            "baseline": Resampled(46.5, 46.5 + 3 * common),
+            "model1": Resampled(46.5 + leader, 46.5 + leader + 3 * common + 0.35 * own),
+            "model2": Resampled(55.5, 55.5 + 3 * common + 2.5 * other),
+        }
+        rows = {(d.of, d.against): d.verdict for d in differences({"fid": found}, 2, (1, 2), 400, 0.95)}
+        assert rows["model2", "baseline"] == "worse"
+        return rows["model2", "model1"]
+
+    assert word(-0.326) == "worse"
+    assert word(-3.26) == "not better"
+
+
+def test_models_are_held_against_each_other_by_their_predictions_too() -> None:
+    """By draws in pairs: two means whose own errors are as large as the means, and whose difference is sure."""
+    draws = torch.randn(2000, generator=generator(0, "paired"), dtype=torch.float64)
+    noise = {"model1": Resampled(1.0, 1 + draws), "model3": Resampled(1.5, 1.5 + 1.02 * draws)}
+    (row,) = network_differences({"noise_error": noise}, {"noise_error": 32, "divergence": 16}, 0.95)
+    assert (row.metric, row.of, row.against, row.verdict) == ("noise_error", "model3", "model1", "worse")
+    assert row.standard_error == pytest.approx(0.02, rel=0.1)
+    assert row.images_needed == images_needed(row.difference, row.standard_error, 32, 0.95)
+    runs = {f"model{k}": Resampled(1.0 + 0.045 * k, 1.0 + 0.045 * k + 0.02 * k * draws) for k in (1, 2, 3)}
+    rows = network_differences({"divergence": runs}, {"divergence": 16}, 0.95)
+    assert [d.adjusted_p for d in rows] == pytest.approx(holm([d.p for d in rows]))
 
 
 # --- the statistics hold their level ---------------------------------------------------------------------------------
@@ -258,7 +292,7 @@ def test_a_lower_fid_than_full_precisions_is_not_called_better(real: Dataset, se
 def test_a_stopped_bootstrap_goes_on_where_it_was(
     real: Dataset, sets: dict[str, SampleSet], comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fqdiff.stages.compare as stage
+    import fqdiff.sensitivity.distributions as stage
 
     parts = MemoryParts()
     models = [sets[name] for name in ("same", "near", "dark")]
@@ -338,11 +372,11 @@ def test_samples_made_in_other_ways_are_not_compared() -> None:
     def step(*models: Manifest, floor: Manifest | None = None) -> Step:
         return comparison_step(samples(), features, samples(), models, floor, [], CONFIG)
 
-    with pytest.raises(LineageError, match=r"have steps 20, the baseline's .* 50"):
+    with pytest.raises(LineageError, match=r"were made with steps 20, the baseline's, \w+, with 50"):
         step(samples(steps=20))
-    with pytest.raises(LineageError, match=r"have eta 0\.5"):
+    with pytest.raises(LineageError, match=r"were made with eta 0\.5"):
         step(samples(), floor=samples(1, eta=0.5))
-    with pytest.raises(LineageError, match="have seed 1"):
+    with pytest.raises(LineageError, match="were made with seed 1, the baseline's"):
         step(samples(1))
     one = step(samples(count=10), samples(), floor=samples(1))
     assert [i.role for i in one.recipe.inputs] == ["dataset", "features", "baseline", "floor", "model1", "model2"]
@@ -387,6 +421,19 @@ class Halves(torch.nn.Module):
         return torch.stack([x[:, 0, :, :4].mean(dim=(1, 2)), x[:, 0, :, 4:].mean(dim=(1, 2))], dim=1)
 
 
+class Classes(torch.nn.Module):
+    """Features, and logits of two classes: the brighter half."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        halves = torch.stack([x[:, 0, :, :4].mean(dim=(1, 2)), x[:, 0, :, 4:].mean(dim=(1, 2))], dim=1)
+        return x.flatten(1), 9 * halves
+
+
+class Three(torch.nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return x.flatten(1), 3
+
+
 class Whole(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -419,6 +466,27 @@ def test_a_network_that_gives_no_features_is_one_clear_error(
     network = load_torchscript(saved(module, tmp_path / "network.pt"))
     with pytest.raises(DataError, match=message):
         network.extract(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_a_network_that_gives_logits_too_has_an_inception_score(
+    real: Dataset, sets: dict[str, SampleSet], tmp_path: Path
+) -> None:
+    """Rejects probabilities that are the logits, or their first ones: by hand for images whose class is sure."""
+    network = load_torchscript(saved(Classes(), tmp_path / "classes.pt"))
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    images[:2, :, :, 4:] = images[2:, :, :, :4] = 255
+    assert network.extract(images).shape == (4, 64)
+    assert network.probabilities is not None
+    sure = 1 / (1 + math.exp(-18))
+    assert network.probabilities(images)[0].tolist() == pytest.approx([1 - sure, sure], rel=1e-5)
+    assert load_torchscript(saved(Halves(), tmp_path / "halves.pt")).probabilities is None
+    reduced = replace(network, extract=lambda x: network.extract(x)[:, ::7])
+    found = compare(real, reduced, sets["baseline"], None, [sets["dark"]], [], CONFIG, 0, Context())
+    assert 1 <= found.measure("inception_score", "model1").value <= 2
+    odd = load_torchscript(saved(Three(), tmp_path / "three.pt"))
+    assert odd.probabilities is not None
+    with pytest.raises(DataError, match=r"fails on images \(1, 8, 8\)"):
+        odd.probabilities(images)
 
 
 def test_files_that_are_no_torchscript_are_one_clear_error(tmp_path: Path) -> None:

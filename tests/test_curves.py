@@ -34,14 +34,14 @@ def errors(
     baseline: Model, models: dict[str, Model], dataset: Dataset, config: CompareConfig = CONFIG, **context: int
 ) -> tuple[Curve, ...]:
     used = Context(**context)  # type: ignore[arg-type]
-    return noise_error(baseline, models, dataset.reference, config, 0, used, Ledger(used, lambda: False))
+    return noise_error(baseline, models, dataset.reference, config, 0, used, Ledger(used, lambda: False))[0]
 
 
 def runs(
     baseline: Model, models: dict[str, Model], config: CompareConfig = CONFIG, seed: int = 3, **context: int
 ) -> tuple[Curve, ...]:
     used = Context(**context)  # type: ignore[arg-type]
-    return divergence(baseline, models, config, seed, 0, used, Ledger(used, lambda: False))
+    return divergence(baseline, models, config, seed, 0, used, Ledger(used, lambda: False))[0]
 
 
 def values(curve: Curve) -> list[float]:
@@ -163,6 +163,23 @@ def test_one_model_does_not_change_what_is_measured_of_another(
     assert runs(checkpoint, both)[1:] == runs(checkpoint, alone)
 
 
+def test_the_resamples_of_two_models_draw_the_same_inputs_and_runs(
+    checkpoint: Checkpoint, coarse: Model, dataset: Dataset
+) -> None:
+    """Rejects draws of each model's own: the difference of a model from its copy would have an error of its own."""
+    models: dict[str, Model] = {"model1": coarse, "model2": coarse}
+    used = Context()
+    ledger = Ledger(used, lambda: False)
+    for found, means in (
+        noise_error(checkpoint, models, dataset.reference, CONFIG, 0, used, ledger),
+        divergence(checkpoint, models, CONFIG, 3, 0, used, ledger),
+    ):
+        one, other = means["model1"], means["model2"]
+        assert (one.value, one.standard_error) == (found[0].mean, found[0].standard_error)
+        assert one.standard_error > 0
+        assert torch.equal(one.draws, other.draws)
+
+
 def test_what_is_no_number_is_named(checkpoint: Checkpoint, dataset: Dataset) -> None:
     broken = shifted(checkpoint, float("nan"))
     with pytest.raises(NumericalError, match="model7"):
@@ -191,7 +208,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     models: dict[str, Model] = {"model1": coarse}
     with pytest.raises(KeyboardInterrupt):
         divergence(checkpoint, models, CONFIG, 3, 0, context, Ledger(context, lambda: False))
-    resumed = divergence(checkpoint, models, CONFIG, 3, 0, context, Ledger(context, lambda: False))
+    resumed, _ = divergence(checkpoint, models, CONFIG, 3, 0, context, Ledger(context, lambda: False))
     assert len(made) == 3 + 2 * 2  # of three batches of two models the second was stopped at its first
     assert resumed == runs(checkpoint, models)
 
@@ -217,6 +234,11 @@ def test_what_cannot_be_held_against_the_baseline_is_left_out(
     assert [c.of for c in comparison.noise_error] == [c.of for c in comparison.divergence] == ["model1", "model3"]
     assert comparison.divergence[1].mean == 0.0
     assert comparison.sampler == "ddim, 4 steps"
+    for metric, curves_of in (("noise_error", comparison.noise_error), ("divergence", comparison.divergence)):
+        rows = [d for d in comparison.differences if d.metric == metric]
+        assert [(d.of, d.against, d.verdict) for d in rows] == [("model3", "model1", "better")]
+        assert rows[0].difference == -curves_of[0].mean
+    assert [d.metric for d in comparison.differences][:2] == ["noise_error", "divergence"]
     assert comparable(coarse, checkpoint)
     prediction = {"eps": "v", "v": "eps"}[checkpoint.spec.prediction]
     assert not comparable(replace(checkpoint, spec=replace(checkpoint.spec, prediction=prediction)), checkpoint)
@@ -245,6 +267,7 @@ def test_curves_come_back_and_wrong_ones_do_not(comparison: Comparison, tmp_path
         {"noise_error": None},
         {"sampler": ""},
         {"divergence": []},
+        {"differences": good["differences"][1:]},
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ArtifactCorrupt):

@@ -1,10 +1,14 @@
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -58,6 +62,30 @@ def test_the_fisher_example_names_tensors(store: str) -> None:
     assert "head.output.weight" in names
 
 
+def test_the_duckdb_example_shares_the_information_out_among_blocks(store: str) -> None:
+    """Rejects a mean of means, which would count a small tensor as much as a large one: against pyarrow's own sums."""
+    pytest.importorskip("duckdb", reason="duckdb is not installed")
+    shares = load(ROOT / "examples" / "query_fisher_duckdb.py").main(store)
+    opened = Store(Path(store))
+    path = opened.directory("fisher", opened.resolve("latest", ("fisher",)).id) / "fisher.parquet"
+    totals: dict[str, float] = {}
+    for row in pq.read_table(path, columns=["block", "sum"]).to_pylist():
+        totals[row["block"]] = totals.get(row["block"], 0.0) + row["sum"]
+    assert shares == pytest.approx({block: total / sum(totals.values()) for block, total in totals.items()})
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_an_example_that_is_asked_for_help_only_says_what_it_does(name: str, tmp_path: Path) -> None:
+    """Rejects a script that takes --help for a job, or for a file's name."""
+    command = [sys.executable, str(ROOT / "examples" / name), "--help"]
+    own = {**os.environ, "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", "")}
+    done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_chain_example_compares_what_it_made(tmp_path: Path) -> None:
     errors = load(ROOT / "examples" / "end_to_end.py").main(str(tmp_path / "store"), count=20, steps=10)
     assert 0 < errors["fisher, 4 bits"] < errors["reverse, 4 bits"]
@@ -91,6 +119,18 @@ def test_the_python_page_runs_from_top_to_bottom(store: str, monkeypatch: pytest
     exec("".join(blocks), names)
     assert names["images"].dtype == torch.uint8
     assert names["images"].shape == (4, *names["network"].spec.image_shape)
+
+
+def test_the_python_of_the_readme_makes_the_model_it_names(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fqdiff-store").symlink_to(store)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert {p.format.name for p in names["small"].packed.values()} == {"int8", "float32"}
+    assert isinstance(names["network"], torch.nn.Module)
 
 
 def test_every_command_in_the_readme_exists() -> None:

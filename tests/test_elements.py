@@ -20,7 +20,17 @@ from fqdiff.errors import ArtifactCorrupt, ConfigError, FqdiffError, Quantizatio
 from fqdiff.planning.candidates import KEPT_SHARES
 from fqdiff.quant.container import file_bytes, metadata, part_name, stored_tensors
 from fqdiff.quant.elements import BY_FISHER, BY_RISE, choose_kept, largest
-from fqdiff.quant.formats import FORMATS, Format, Grain, PerElement, PerTensor, get_format, parse_granularity
+from fqdiff.quant.formats import (
+    FORMATS,
+    Format,
+    Grain,
+    PerChannel,
+    PerElement,
+    PerTensor,
+    get_format,
+    parse_granularity,
+    scales_of,
+)
 from fqdiff.quant.packed import PackedTensor, check_layout, check_values, pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.quant.positions import check_positions, index_bytes, is_bitmap, pack_positions, unpack_positions
 from fqdiff.stages.plan import plan
@@ -293,6 +303,41 @@ def test_a_tensor_that_would_take_no_fewer_bytes_stays_high_as_a_whole(
     assert all(e.bytes == 4 * prod(e.shape) for e in made.entries)
 
 
+def test_no_element_of_a_ladder_gets_a_narrower_format_than_it_asks_for_and_no_way_with_two_takes_fewer_bytes(
+    checkpoint: Checkpoint, weight_table: FisherTable
+) -> None:
+    """Every way counted anew. Rejects the cast for all that ask for no more than int8, and int4 for those that do."""
+    ladder = ("float16", "int8", "int4", "int2")
+    given = {"strategy": "threshold", "threshold": 60.0, "lower_thresholds": (8.0, 2.0), "ladder": ladder}
+    # Tensors whose values differ by decades, so that they ask for different formats.
+    fisher = {n: v * 4.0 ** (k % 6 - 3) for k, (n, v) in enumerate(weight_table.weights[0].read().items())}
+    table = replace(weight_table, weights=(WeightBin(0, 999, lambda: fisher),))
+    made = make(checkpoint, table, granularity="element", **given)
+    stored = set()
+    for e in made.entries:
+        if e.threshold is None:
+            continue
+        grain = parse_granularity(e.granularity)
+        asks = sum((fisher[e.parameter].double() < t).int() for t in (60.0, 8.0, 2.0))
+        assert isinstance(asks, torch.Tensor)
+        at_most = {rank: int((asks < rank).sum()) for rank in range(1, 4)}  # so many ask for more than this format
+        widest = int(asks.min())
+        by = scales_of(grain) if "channel" in e.granularity else PerChannel(0)
+        scales = PerTensor() if widest == 0 else by
+        sizes = {(widest, 0): stored_bytes(e.shape, get_format(ladder[widest]), scales)}
+        for rank in set(asks.flatten().tolist()) - {widest}:
+            kept = PerElement(at_most[rank], "float16", by)
+            sizes[rank, at_most[rank]] = stored_bytes(e.shape, get_format(ladder[rank]), kept)
+        count = grain.count if isinstance(grain, PerElement) else 0
+        rank = ladder.index(e.format)
+        assert count == (at_most[rank] if count else 0)
+        assert count or rank == widest
+        assert e.bytes == min(sizes.values())
+        stored.add((e.format, bool(count)))
+    assert len({fmt for fmt, _ in stored}) > 1
+    assert any(mixed for _, mixed in stored)
+
+
 def test_a_budget_keeps_elements_where_that_is_predicted_less(
     checkpoint: Checkpoint, weight_table: FisherTable
 ) -> None:
@@ -328,7 +373,7 @@ def test_a_budget_keeps_elements_where_that_is_predicted_less(
         ({"strategy": "uniform"}, "one format for all"),
         ({"strategy": "budget", "target_bpw": 4.0, "score": "uniform"}, "one format for all"),
         ({"low": "int4", "rounding": "squant"}, "squant"),
-        ({"ladder": ("float16", "int8", "int4")}, "elements of 3 formats"),
+        ({"ladder": ("int8", "int6", "int4")}, "single elements kept in int8"),
         ({"low": "int4", "high": "int8"}, "single elements kept in int8"),
     ],
 )

@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fqdiff.configs import ClassifierConfig, FidConfig, PlanConfig, QuantizeConfig, SampleConfig
+from fqdiff.configs import ClassifierConfig, CompareConfig, FidConfig, PlanConfig, QuantizeConfig, SampleConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
-from fqdiff.evidence.bootstrap import difference_interval
 from fqdiff.evidence.digits import moved
 from fqdiff.evidence.features import FeatureNetwork, as_rgb, inception_features, to_uint8, to_unit_range
 from fqdiff.evidence.frechet import (
@@ -21,6 +20,7 @@ from fqdiff.evidence.frechet import (
 )
 from fqdiff.rng import generator
 from fqdiff.stages.classifier import classifier
+from fqdiff.stages.compare import compare
 from fqdiff.stages.fid import fid
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
@@ -81,27 +81,6 @@ def test_dead_features_and_equal_sets_are_no_trouble() -> None:
 def test_features_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(NumericalError):
         feature_statistics(torch.tensor([[1.0], [float("inf")]]))
-
-
-def test_the_interval_holds_zero_for_equal_models_and_not_for_different_ones() -> None:
-    g = generator(0, "interval")
-    real, base = torch.randn(300, 6, generator=g), torch.randn(300, 6, generator=g)
-    assert difference_interval(base, base, real, generator(1, "b"), 50) == (0.0, 0.0)
-    low, high = difference_interval(base + 0.5, base, real, generator(1, "b"), 100)
-    true = frechet_distance(feature_statistics(real), feature_statistics(base + 0.5)) - frechet_distance(
-        feature_statistics(real), feature_statistics(base)
-    )
-    assert 0 < low < true < high
-
-
-def test_pairing_narrows_the_interval() -> None:
-    """The baseline's images in another order are not paired any more."""
-    g = generator(0, "pairing")
-    real, base = torch.randn(400, 4, generator=g), torch.randn(400, 4, generator=g)
-    model = base + 0.05 * torch.randn(400, 4, generator=g)
-    paired = difference_interval(model, base, real, generator(1, "b"), 100)
-    shuffled = difference_interval(model, base[torch.randperm(400, generator=g)], real, generator(1, "b"), 100)
-    assert paired[1] - paired[0] < 0.5 * (shuffled[1] - shuffled[0])
 
 
 # --- images and features ---------------------------------------------------------------------------------------------
@@ -282,6 +261,31 @@ def test_the_reference_itself_has_distance_zero_and_no_difference(dataset: Datas
     result = run_fid(samples, dataset, baseline=samples)
     assert result.fid == pytest.approx(0.0, abs=1e-6)
     assert (result.difference, result.interval, result.image_error) == (0.0, (0.0, 0.0), 0.0)
+    assert {m.metric for m in result.measures} == {"fid", "kid", "precision", "recall", "density", "coverage"}
+
+
+def test_judging_one_model_and_comparing_two_say_the_same(dataset: Dataset) -> None:
+    """Rejects resamples or intervals of fid's own: every value and interval is the one of a comparison, to the bit."""
+    base = SampleSet(dataset.train[:20].clone(), 3)
+    model = SampleSet((base.images * 0.7).to(torch.uint8), 3)
+    alone = fid(model, dataset, PIXELS, base, FidConfig(resamples=40), 5, Context())
+    both = compare(dataset, PIXELS, base, None, [model], [], CompareConfig(resamples=40), 5, Context())
+    assert {(m.metric, m.of): m for m in alone.measures} == {
+        (m.metric, m.of): m for m in both.measures if m.metric not in ("image_mse", "psnr", "ssim", "feature_distance")
+    }
+    pair = both.pair("fid", "model1", "baseline")
+    assert (alone.difference, alone.interval) == (pair.difference, (pair.low, pair.high))
+    assert alone.image_error == pytest.approx(both.measure("image_mse", "model1").value, rel=1e-5)
+    assert alone.measure("fid").low < alone.fid < alone.measure("fid").high
+    assert alone.fid_infinity is None  # 20 images are too few to extrapolate from
+
+
+def test_fid_is_extrapolated_where_there_are_enough_images() -> None:
+    images = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator(0, "many"))
+    many = Dataset("many", images, None, torch.arange(300) >= 150)
+    result = run_fid(SampleSet(images[:150], 0), many)
+    assert result.fid_infinity is not None
+    assert result.fid_infinity < result.fid
 
 
 def test_the_image_error_is_taken_between_images_of_the_same_noise(dataset: Dataset) -> None:

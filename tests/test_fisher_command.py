@@ -90,7 +90,7 @@ def test_single_weights_say_what_they_will_take_and_how_to_take_less(store: Path
 
 
 def test_nothing_is_refused_that_is_not_kept(store: Path) -> None:
-    assert call(store, "fisher", "--timesteps", "20", "--max-disk", "1", "--dry-run").exit_code == 0
+    assert call(store, "fisher", "--timesteps", "20", "--max-disk", "1B", "--dry-run").exit_code == 0
 
 
 def test_options_reach_the_recipe(store: Path, tmp_path: Path) -> None:

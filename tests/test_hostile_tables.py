@@ -1,6 +1,7 @@
 """Stores from strangers: plans, metrics, Parquet tables, parts and validations are refused with a clear error, or do no harm."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def test_any_value_anywhere_in_a_plan_or_result_is_refused_or_harmless(
     good = json.loads(payload(kind, JSON_FILES[kind]))
     if kind == "plan":
         good["entries"] = good["entries"][3:6]
+        count = sum(math.prod(e["shape"]) for e in good["entries"])
+        good["totals"] |= {"parameters": count, "bits_per_weight": 8 * good["totals"]["file_bytes"] / count}
     path = data.draw(st.sampled_from(places(good)))
     content = json.dumps(changed(good, path, data.draw(json_values))).encode()
     try:
@@ -86,10 +89,14 @@ def test_any_value_anywhere_in_a_plan_or_result_is_refused_or_harmless(
         {"shape": [True]},
         {"score": "0.1"},
         {"score": float("nan")},
+        {"score": -1e9},
         {"threshold": float("-inf")},
+        {"threshold": 0.5},
         {"threshold": 10**400},
         {"parameter": None},
         {"block": 1},
+        {"block": "zz"},
+        {"block": "7"},
         {"rule": {}},
         {"rule": "\ud800"},
         {"alternatives": None},
@@ -99,7 +106,11 @@ def test_any_value_anywhere_in_a_plan_or_result_is_refused_or_harmless(
         {"alternatives": [[]]},
         {"predicted": 7.0},
         {"predicted": float("nan")},
+        {"predicted": None, "alternatives": []},
         {"constraint": 5},
+        {"constraint": None},
+        {"constraint": "traffic"},
+        {"constraint": "a whim"},
         {"extra": 1},
     ],
     ids=str,
@@ -127,6 +138,20 @@ def test_a_plan_entry_that_makes_no_sense_is_refused(lie: dict[str, Any], store:
         lambda data: data["budget"].update(predicted=3.0),
         lambda data: data["budget"].update(score=None),
         lambda data: data.update(strategy=None),
+        lambda data: data.update(strategy="foo"),
+        lambda data: data.update(strategy="uniform"),
+        lambda data: data.update(budget=None),
+        lambda data: data.update(budget=None, strategy="uniform"),
+        lambda data: data["totals"].update(parameters=data["totals"]["parameters"] + 1),
+        lambda data: data["totals"].update(bits_per_weight=2.0),
+        lambda data: data["totals"].update(file_bytes=data["totals"]["file_bytes"] - 1),
+        lambda data: data["totals"].update(more=1),
+        lambda data: data["budget"].update(score="foo"),
+        lambda data: data["budget"].update(timestep_weights="foo"),
+        lambda data: data["budget"].update(constraint="foo"),
+        lambda data: data["budget"].update(lower_bound=1.0),
+        lambda data: data["budget"].update(lower_bound=-1.0),
+        lambda data: data["budget"].update(target_bytes=None, max_loss_increase=-0.5),
         lambda data: data.update(schema=99),
     ],
 )

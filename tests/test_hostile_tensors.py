@@ -2,6 +2,7 @@
 
 import json
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,17 @@ def test_seeds_that_are_not_the_images_are_refused(store: Store) -> None:
         torch.zeros(6, 3).long(),
     ):
         refuse(store, "samples", "samples.safetensors", tensor_file(images=images, seeds=seeds))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_with_a_weight_that_is_no_number_is_refused_and_the_tensor_named(
+    value: float, store: Store
+) -> None:
+    """Rejects a reader that leaves it to the formats, of which some overflow and some name nothing."""
+    header, data = unpack_file(payload("checkpoint", "model.safetensors"))
+    begin = header["head.output.bias"]["data_offsets"][0]
+    broken = data[:begin] + struct.pack("<f", value) + data[begin + 4 :]
+    refuse(store, "checkpoint", "model.safetensors", pack_file(header, broken), r"'head\.output\.bias' holds NaN")
 
 
 def test_a_preview_of_other_images_is_refused(store: Store) -> None:

@@ -1,6 +1,7 @@
 """The rooms of the house and who may call whom: each layer imports only from those above it."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def module_files() -> dict[Path, str]:
 
 def test_every_module_has_its_layer() -> None:
     assert set(module_files().values()) == LEVEL.keys()
+
+
+def test_the_picture_of_the_house_has_these_rooms_in_this_order() -> None:
+    page = (ROOT.parent / "docs" / "contributing.md").read_text()
+    picture = page.partition("```text\n")[2].partition("```")[0]
+    rows = [line.split("│") for line in picture.splitlines() if line.count("│") >= 3 or line.startswith("▲")]
+    assert [set(row[-3].split()) for row in rows] == LAYERS
+    listed = [set(re.findall(r"[a-z]+", row)) for row in re.findall(r"^\| `([a-z ]+)` \|", page, re.MULTILINE)]
+    assert listed == LAYERS
 
 
 def test_imports_go_upwards_only() -> None:

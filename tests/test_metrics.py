@@ -1,5 +1,7 @@
 """Each metric of evidence/ against an independent reference: another library, or the formula written out in numpy."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -45,11 +47,43 @@ def test_the_kernel_distance_agrees_with_clean_fid() -> None:
     assert block_distances(a, b, 40)[:2].tolist() == pytest.approx(blocks, rel=1e-9)
 
 
+def torch_fidelity(metric: str) -> Any:
+    """A module of torch-fidelity's."""
+    from fqdiff.store.torchvision import import_torchvision
+
+    import_torchvision()  # torch-fidelity imports it
+    return pytest.importorskip(f"torch_fidelity.metric_{metric}", reason="torch-fidelity is not installed")
+
+
 def test_the_kernel_distance_is_that_of_torch_fidelity() -> None:
-    fidelity = pytest.importorskip("torch_fidelity.metric_kid", reason="torch-fidelity is not installed")
     a, b = normal(60, 5, "a"), normal(60, 5, "b", 0.3)
-    expected = fidelity.polynomial_mmd(a.double().numpy(), b.double().numpy(), 3, None, 1)
-    assert kernel_distance(a, b) == pytest.approx(float(expected), rel=1e-9)
+    # One subset of all images: then its random order does not matter.
+    one = {"kid_subsets": 1, "kid_subset_size": 60, "verbose": False}
+    found = torch_fidelity("kid").kid_features_to_metric(a.double(), b.double(), **one)
+    assert kernel_distance(a, b) == pytest.approx(found["kernel_inception_distance_mean"], rel=1e-9)
+
+
+def test_fid_is_that_of_torch_fidelity() -> None:
+    a, b = normal(200, 9, "a").double(), 1.4 * normal(200, 9, "b", 0.3).double()
+    one, other = (torch_fidelity("fid").fid_features_to_statistics(x) for x in (a, b))
+    expected = torch_fidelity("fid").fid_statistics_to_metric(one, other, verbose=False)
+    assert frechet_distance_of_features(a, b) == pytest.approx(next(iter(expected.values())), rel=1e-6)
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity() -> None:
+    """Generated images come first there: real ones in their place would swap the two values."""
+    real, fake = normal(150, 4, "real").double(), 0.7 * normal(140, 4, "fake", 0.4).double()
+    for function in ("calculate_precision_recall_full", "calculate_precision_recall_part"):
+        precision, recall = getattr(torch_fidelity("prc"), function)(fake, real, 3)
+        assert precision != pytest.approx(recall, abs=0.05)
+        assert manifold_values(real, fake)[:2] == pytest.approx((precision, recall), abs=1e-6)
+
+
+def test_the_inception_score_is_that_of_torch_fidelity() -> None:
+    """On the same logits, all images in one split."""
+    logits = 3 * normal(200, 10, "logits")
+    found = torch_fidelity("isc").isc_features_to_metric(logits, splits=1, shuffle=False)
+    assert inception_score(logits.double().softmax(dim=1)) == pytest.approx(found["inception_score_mean"], rel=1e-6)
 
 
 def test_sets_of_different_sizes_need_no_subsets_and_equal_distributions_have_distance_zero_on_average() -> None:

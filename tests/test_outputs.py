@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -356,12 +357,71 @@ def test_a_rule_puts_the_channels_above_its_threshold_into_the_wider_format(
         {"strategy": "budget", "target_bpw": 4.0, "granularity": "output", "score": "uniform"},
         {"strategy": "budget", "target_bpw": 4.0, "granularity": "output", "phases": 2},
         {"strategy": "groups", "granularity": "output", "rounding": "squant", "low": "int4"},
-        {"strategy": "groups", "granularity": "output", "ladder": ("float16", "int8", "int4")},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         PlanConfig(**settings)
+
+
+LADDER = ("float16", "int8", "int4", "int2")
+
+
+def ladder_plan(checkpoint: Checkpoint, table: FisherTable, **settings: Any) -> Plan:
+    given = {"strategy": "mean-std", "mean_std": 0.1, "ladder_step": 8.0, "ladder": LADDER, "granularity": "output"}
+    return plan(checkpoint, table, None, PlanConfig(**{**given, **settings}), 0, Context())  # type: ignore[arg-type]
+
+
+def test_no_channel_of_a_ladder_gets_a_narrower_format_than_it_asks_for(
+    checkpoint: Checkpoint, weight_table: FisherTable, tmp_path: Path
+) -> None:
+    """Told from the stored tensors. Rejects neighbours of the ladder that cut off the channels that ask for most."""
+    made = ladder_plan(checkpoint, weight_table)
+    save_plan(made, tmp_path)
+    assert load_plan(tmp_path) == made
+    model = carried_out(checkpoint, load_plan(tmp_path), weight_table)
+    save_quantized(model, tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size == made.file_bytes
+    fisher = weight_table.weights[0].read()
+    pairs = set()
+    for e in made.entries:
+        grain = parse_granularity(e.granularity)
+        if not isinstance(grain, PerOutput):
+            continue
+        assert e.threshold is not None
+        values = channel_sums(fisher[e.parameter], grain.scales.axis) / (prod(e.shape) / e.shape[grain.scales.axis])
+        asks = sum((values < e.threshold / 8**k).int() for k in range(3))
+        assert isinstance(asks, Tensor)
+        own = torch.full_like(asks, LADDER.index(e.format))
+        own[separate_outputs(model.packed[e.parameter])[2]] = LADDER.index(grain.high)
+        assert bool((own <= asks).all())
+        assert grain.high == LADDER[int(asks.min())]
+        ranks = sorted(set(asks.tolist()))
+        others = {
+            rank: stored_bytes(
+                e.shape, get_format(LADDER[rank]), PerOutput(int((asks < rank).sum()), grain.high, grain.scales)
+            )
+            for rank in ranks[1:]
+        }
+        assert e.bytes == min(others.values())
+        pairs.add((grain.high, e.format))
+    assert len(pairs) > 2
+
+
+def test_a_ladder_of_two_is_high_and_low_for_channels_too(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    two = ladder_plan(checkpoint, weight_table, ladder=("int8", "int3"), ladder_step=10.0)
+    given = {"ladder": (), "high": "int8", "low": "int3", "ladder_step": 10.0}
+    assert two == ladder_plan(checkpoint, weight_table, **given)
+
+
+def test_a_tensor_that_two_formats_would_not_make_smaller_keeps_its_scales(
+    checkpoint: Checkpoint, weight_table: FisherTable
+) -> None:
+    """Rejects one scale for the whole tensor, which would have been smaller and was never asked for."""
+    made = ladder_plan(checkpoint, weight_table, ladder=(), high="int8", low="int6", ladder_step=10.0)
+    whole = [e for e in made.entries if e.format == "int8" and not e.granularity.startswith("output")]
+    assert whole
+    assert {e.granularity.partition(":")[0] for e in whole} == {"channel"}
 
 
 def test_a_budget_needs_single_weights(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:

@@ -338,7 +338,7 @@ def test_a_file_whose_planes_or_phases_do_not_fit_is_refused(fmt: str, checkpoin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"phases": 1}, "traffic_bpw without phases"),
+        ({"phases": 1}, "--traffic-bpw without phases"),
         ({"phases": 5}, "phases is 5"),
         ({"phases": 0}, "phases is 0"),
         ({"traffic_bpw": -1.0}, "traffic_bpw is -1"),

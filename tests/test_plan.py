@@ -8,8 +8,9 @@ from safetensors import safe_open
 
 from fqdiff.configs import PlanConfig, QuantizeConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
-from fqdiff.quant.packed import unpack_tensor
+from fqdiff.errors import ArtifactCorrupt, ConfigError, LineageError, NumericalError, QuantizationError
+from fqdiff.quant.formats import get_format, parse_granularity
+from fqdiff.quant.packed import stored_bytes, unpack_tensor
 from fqdiff.stages.plan import mean_minus_deviations, plan, read_scores
 from fqdiff.stages.quantize import quantize
 from fqdiff.store.codecs import load_quantized, save_quantized
@@ -269,8 +270,52 @@ def test_nan_weights_are_refused_when_quantizing(checkpoint: Checkpoint) -> None
         **checkpoint.tensors,
         "stem.conv.weight": torch.full_like(checkpoint.tensors["stem.conv.weight"], float("nan")),
     }
-    with pytest.raises(QuantizationError, match="NaN"):
+    with pytest.raises(QuantizationError, match=r"'stem\.conv\.weight'.*NaN"):
         quantize(replace(checkpoint, tensors=broken), made, None, QuantizeConfig(), 0, Context())
+
+
+def test_infinite_weights_are_no_overflow_of_a_cast(checkpoint: Checkpoint) -> None:
+    """Rejects the advice to use a wider format, which no such weight fits either."""
+    made = plan(checkpoint, None, None, PlanConfig("uniform", low="float16"), 0, Context())
+    bias = checkpoint.tensors["stem.conv.bias"]
+    for value in (float("nan"), float("inf")):
+        broken = {**checkpoint.tensors, "stem.conv.bias": torch.full_like(bias, value)}
+        with pytest.raises(QuantizationError, match=r"'stem\.conv\.bias'.*NaN or infinity") as error:
+            quantize(replace(checkpoint, tensors=broken), made, None, QuantizeConfig(), 0, Context())
+        assert "bfloat16" not in error.value.hint
+    large = {**checkpoint.tensors, "stem.conv.weight": torch.full_like(checkpoint.tensors["stem.conv.weight"], 1e6)}
+    with pytest.raises(QuantizationError, match=r"'stem\.conv\.weight': values up to 1e\+06 in float16"):
+        quantize(replace(checkpoint, tensors=large), made, None, QuantizeConfig(), 0, Context())
+
+
+@pytest.mark.parametrize("promise", [2, -2])
+def test_a_plan_whose_entries_do_not_make_the_promised_file_is_refused(checkpoint: Checkpoint, promise: int) -> None:
+    made = plan(checkpoint, None, None, CONFIGS["uniform"], 0, Context())
+    with pytest.raises(ArtifactCorrupt, match=f"promises a file of {made.file_bytes + promise:,} bytes"):
+        quantize(checkpoint, replace(made, file_bytes=made.file_bytes + promise), None, QuantizeConfig(), 0, Context())
+
+
+def test_a_tensor_that_was_made_larger_in_its_plan_is_refused(checkpoint: Checkpoint) -> None:
+    """An entry changed so that it fits itself; rejects a reader that holds against it no more than the entry's own bytes."""
+    made = plan(checkpoint, None, None, PlanConfig("uniform", low="int3"), 0, Context())
+    first = next(i for i, e in enumerate(made.entries) if e.format == "int3")
+    entry = made.entries[first]
+    wider = replace(entry, format="int4")
+    size = stored_bytes(entry.shape, get_format("int4"), parse_granularity(entry.granularity))
+    entries = (*made.entries[:first], replace(wider, bytes=size), *made.entries[first + 1 :])
+    with pytest.raises(ArtifactCorrupt, match=f"make one of {made.file_bytes + size - entry.bytes:,}"):
+        quantize(checkpoint, replace(made, entries=entries), None, QuantizeConfig(), 0, Context())
+
+
+@pytest.mark.parametrize("setting", [{"rounding": "squant"}, {"ranges": ("mse",)}])
+@pytest.mark.parametrize("fmt", ["codebook4", "ternary", "float16"])
+def test_what_is_about_integer_codes_is_refused_where_there_are_none(
+    checkpoint: Checkpoint, fmt: str, setting: dict[str, object]
+) -> None:
+    """Rejects plans that take it and round to the nearest, or span everything, all the same."""
+    config = PlanConfig("uniform", low=fmt, **setting)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"is about integer codes, and says nothing about {fmt}"):
+        plan(checkpoint, None, None, config, 0, Context())
 
 
 # --- ladders ---------------------------------------------------------------------------------------------------------
@@ -326,10 +371,10 @@ def test_all_thresholds_of_a_ladder_can_be_given(checkpoint: Checkpoint, fisher_
         ({"ladder": FOUR, "low": "int3"}, "a ladder beside low and high"),
         ({"ladder": FOUR, "ladder_step": 1.0}, "ladder_step is 1"),
         ({"ladder": ("int8", "int4"), "ladder_step": 3.0}, "nothing about a ladder of two"),
-        ({"ladder_step": 3.0}, "ladder_step without a ladder"),
+        ({"ladder_step": 3.0}, "--ladder-step without a ladder"),
         ({"strategy": "uniform", "ladder": FOUR}, "no use for ladder"),
         ({"strategy": "budget", "target_bpw": 4.0, "ladder": FOUR}, "no use for ladder"),
-        ({"strategy": "ratio", "ladder": FOUR, "lower_thresholds": (0.1, 0.01)}, "no use for lower_thresholds"),
+        ({"strategy": "ratio", "ladder": FOUR, "lower_thresholds": (0.1, 0.01)}, "no use for several thresholds"),
         ({"strategy": "threshold", "threshold": 1.0, "ladder": FOUR, "lower_thresholds": (0.1,)}, "2 thresholds for 4"),
         (
             {"strategy": "threshold", "threshold": 1.0, "ladder": FOUR, "lower_thresholds": (0.1, 0.1)},

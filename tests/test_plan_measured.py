@@ -309,7 +309,7 @@ def test_a_gram_plan_survives_the_disk_and_lies_about_it_do_not(
 def test_settings_that_cannot_be_measured_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**changes)
-    with pytest.raises(ConfigError, match="nothing looks at calibration_samples"):
+    with pytest.raises(ConfigError, match="nothing looks at --calibration-samples"):
         PlanConfig("budget", target_bpw=4.0, calibration_samples=8)
 
 

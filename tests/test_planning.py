@@ -21,10 +21,10 @@ from fqdiff.planning.plans import Offer, make_offer, make_plan, pareto
 from fqdiff.planning.scores import exchanged, fisher_importance, single_weights, timestep_weights
 from fqdiff.quant.formats import PerChannel, PerTensor, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor, unpack_tensor
-from fqdiff.stages.plan import plan, predicted_file_bytes
+from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.store.codecs import load_plan, save_plan, save_quantized
-from fqdiff.values import Checkpoint, FisherTable, Plan, TrajectoryEntry, WeightBin
+from fqdiff.values import Checkpoint, FisherTable, Plan, TrajectoryEntry, WeightBin, planned_bytes
 
 FULL = 2**40
 
@@ -203,7 +203,7 @@ def test_the_quantized_file_has_the_planned_size(
     made = plan(checkpoint, fisher_table, None, budget_config(target_bpw=bits, score=score), 0, Context())
     save_quantized(quantize(checkpoint, made, None, QuantizeConfig(), 0, Context()), tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size == made.file_bytes <= bits * made.parameters / 8
-    assert predicted_file_bytes(checkpoint, made.entries) == made.file_bytes
+    assert planned_bytes(checkpoint.spec, made.entries) == made.file_bytes
     assert made.bits_per_weight <= bits
 
 
@@ -304,7 +304,7 @@ def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     assert {e.format for e in made.entries if len(e.shape) < 2} == {"float32"}
     wider = INTEGERS[INTEGERS.index(inner) - 1]
     next_up = [replace(e, format=wider) if e.format == inner else e for e in made.entries]
-    assert predicted_file_bytes(checkpoint, next_up) > 6.5 * made.parameters / 8 >= made.file_bytes
+    assert planned_bytes(checkpoint.spec, next_up) > 6.5 * made.parameters / 8 >= made.file_bytes
 
 
 def test_a_limit_on_the_rise_is_kept_by_the_smallest_file(offer: Offer) -> None:
@@ -362,7 +362,7 @@ def test_a_plan_lists_what_it_considered_and_survives_the_disk(offer: Offer, tmp
         ({"target_bpw": -1.0}, "target_bpw is -1"),
         ({"target_bpw": float("nan")}, "target_bpw is nan"),
         ({"score": "luck"}, "unknown score 'luck'"),
-        ({"timestep_weights": "at:x"}, "unknown timestep_weights 'at:x'"),
+        ({"timestep_weights": "at:x"}, "unknown timestep weights 'at:x'"),
         ({"timestep_weights": "snr", "score": "weight-mse"}, "no timesteps to weight"),
         ({"target_bpw": 0.0, "max_loss_increase": 1.0, "score": "random"}, "no loss that could be limited"),
         ({"ratio": 0.5}, "has no use for ratio"),

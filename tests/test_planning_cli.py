@@ -1,17 +1,25 @@
 """``fqdiff plan`` with a budget, ``plan show``, ``plan diff`` and ``plot plan``."""
 
+import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fqdiff
+from fqdiff.cli.plan_budget import budget_defaults
 from fqdiff.cli.plan_show import diff_rows
-from fqdiff.errors import LineageError
+from fqdiff.configs import SCORES, PlanConfig
+from fqdiff.errors import ConfigError, LineageError
 from fqdiff.pipeline import Runner
+from fqdiff.planning.plans import check_target
 from fqdiff.store.store import Store
 from tests.test_cli import call, good
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +78,103 @@ def test_a_target_that_is_too_small_names_the_smallest_size(store: Path) -> None
     result = call(store, "plan", "empirical", "--target-size", "1KiB")
     assert result.exit_code == 2
     hint = result.stderr.splitlines()[-1]
-    least = hint.split("--target-size ")[1]
+    least, *wider = re.split(r"; with ", hint.split("--target-size ")[1])
     assert [m.id for m in Store(store).manifests()] == before
     assert good(store, "plan", "empirical", "--target-size", least)["file_bytes"] == int(least)
+    # What it says would reach further does.
+    one_bit, single_weights = (text.rsplit(" ", 1) for text in wider)
+    formats, size = one_bit[0].removeprefix("--formats "), int(one_bit[1].replace(",", ""))
+    assert formats.endswith(",int2,codebook1")
+    made = good(store, "plan", "empirical", "--formats", formats, "--target-size", str(size))
+    assert int(str(made["file_bytes"])) <= size < int(least)
+    assert single_weights[0] == "fqdiff fisher --granularity weight"
+    assert size < int(single_weights[1].replace(",", "")) < int(least)
+
+
+def test_a_table_of_single_weights_reaches_as_far_as_the_hint_says(store: Path) -> None:
+    flags = ("--target-size", "1KiB", "--granularity", "channel")
+    hint = call(store, "plan", "empirical", *flags).stderr.splitlines()[-1]
+    table = str(good(store, "fisher", "--timesteps", "2", "--samples", "2", "--granularity", "weight")["id"])
+    further = call(store, "plan", table, *flags).stderr.splitlines()[-1]
+    told = hint.split("--granularity weight ")[1].replace(",", "")
+    assert f"--target-size {told}; with --formats" in further
+    assert "--granularity weight" not in further
+    named = ("--formats", "float32,int2,codebook1", "--target-size", "1KiB")
+    assert "; with" not in call(store, "plan", table, *named).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--uniform", "int7"], "unknown format 'int7'"),
+        (["--ratio", "0.5", "--low", "int7"], "unknown format 'int7'"),
+        (["--ladder", "float16,int8,int7", "--ratio", "0.5"], "unknown format 'int7'"),
+        (["--target-bpw", "4", "--formats", "int4,int7"], "unknown format 'int7'"),
+        (["--target-bpw", "6", "--ends", "int7"], "unknown format 'int7'"),
+        (["--target-bpw", "6", "--ends", "bfloat16"], "none of the formats float32,float16,int8,"),
+        (["--target-size", "10"], "no plan fits 10 bytes"),
+        (["--target-bpw", "6", "--formats", ""], "--formats names nothing"),
+        (["--ratio", "0.5", "--ladder", " , "], "--ladder names nothing"),
+        (["--target-bpw", "6", "--range", ""], "--range names nothing"),
+        (["--target-bpw", "6", "--formats", "int4,int4"], "name each once"),
+        (["--target-bpw", "6", "--target-size", "1MB"], "--target-bpw and --target-size belong to"),
+        (["--target-bpw", "6", "--score", "weight-mse", "--timestep-weights", "snr"], "leave --timestep-weights out"),
+        (["--uniform", "codebook4", "--rounding", "squant"], "--rounding is about integer codes"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_plan_would(store: Path, arguments: list[str], message: str) -> None:
+    result = call(store, "plan", "empirical", *arguments, "--dry-run")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "hint: " in result.stderr
+    assert not result.stdout
+
+
+def test_a_rule_reads_the_whole_run_of_a_trajectory_table(store: Path) -> None:
+    """Rejects the first step, which such a table has no row of, and the mean over steps: each as if it acted alone."""
+    made = good(store, "plan", "run", "--ratio", "0.3", "--name", "by-run")
+    opened = Store(store)
+    assert opened.resolve(str(made["id"])).recipe.config["at"] == "run"
+    table = Runner(opened).load(opened.resolve("run"))
+    plan = Runner(opened).load(opened.resolve("by-run"))
+    assert {e.parameter: e.score for e in plan.entries} == {n: e.mean for n, e in table.trajectory.items()}
+    assert good(store, "plan", "run", "--ratio", "0.3", "--at", "run", "--dry-run")["id"] == made["id"]
+    assert good(store, "plan", "empirical", "--ratio", "0.3", "--at", "0", "--dry-run")["config"]["at"] == "0"  # type: ignore[index]
+    assert good(store, "plan", "run", "--ratio", "0.3", "--at", "mean", "--dry-run")["id"] != made["id"]
+    good(store, "plan", "run", "--ratio", "0.3", "--granularity", "output", "--low", "int4", "--name", "by-channel")
+    good(store, "quantize", "by-channel")
+    for ref, at, hint in (("run", "1", "or --at run"), ("empirical", "run", "--at mean")):
+        refused = call(store, "plan", ref, "--ratio", "0.3", "--at", at)
+        assert refused.exit_code == 2
+        assert hint in refused.stderr
+
+
+def test_diff_sees_ranges_and_roundings(store: Path) -> None:
+    for name, flags in (("mm", ()), ("mse", ("--range", "mse")), ("sq", ("--rounding", "squant"))):
+        good(store, "plan", "tiny-fp32", "--uniform", "int4", *flags, "--name", name)
+    for name, key, value in (("mse", "range", "mse"), ("sq", "rounding", "squant")):
+        rows = good(store, "plan", "diff", "mm", name)["changed"]
+        assert isinstance(rows, list)
+        plan = Runner(Store(store)).load(Store(store).resolve("mm"))
+        assert len(rows) == sum(e.format == "int4" for e in plan.entries) > 20
+        assert {(row["bytes"], row[f"{key}_b"]) for row in rows} == {(0, value)}
+        text = call(store, "plan", "diff", "mm", name).stdout
+        assert re.search(rf"int4 channel:0 {rows[0][f'{key}_a']} +int4 channel:0 {value}", text)
+
+
+def test_sizes_of_files_and_folders_are_those_of_the_store(store: Path, tmp_path: Path) -> None:
+    good(store, "plan", "empirical", "--target-bpw", "6", "--name", "sized")
+    made = good(store, "quantize", "sized")
+    found = good(store, "size", str(made["id"]))
+    copy = tmp_path / "model.safetensors"
+    copy.write_bytes(Path(str(made["file"])).read_bytes())
+    for path in (copy, Path(str(made["file"])).parent):
+        by_path = good(store, "size", str(path))
+        for key in ("file_bytes", "kinds", "tensors", "bits_per_weight"):
+            assert by_path[key] == found[key]
+    assert call(store, "size", str(copy)).stdout.startswith(str(copy))
+    missing = call(store, "size", str(tmp_path / "none.safetensors"))
+    assert (missing.exit_code, "there is no file" in missing.stderr) == (1, True)
 
 
 def test_show_lists_every_parameter_with_what_would_be_next(store: Path) -> None:
@@ -129,6 +231,8 @@ def test_a_plan_is_measured_on_the_data_set_of_its_table_and_tells_so(store: Pat
     assert facts["predicted"] <= facts["diagonal"]
     assert facts["measured"] > 0
     assert 1 <= facts["evaluations"] <= 2
+    text = call(store, "plan", "empirical", *flags, "--predictor", "gram", "--refine", "2").stdout
+    assert re.search(r"in float32.* in int8.* in int4", text)  # rejects the order in which some tensor had them
     for command in (
         ["plan", "show", "together"],
         ["plan", "empirical", *flags, "--predictor", "gram", "--refine", "2"],
@@ -182,7 +286,7 @@ def test_a_target_in_the_file_gives_way_to_a_flag(store: Path, tmp_path: Path) -
     [
         (["--target-bpw", "6", "--target-size", "1MB"], "different targets"),
         (["--target-bpw", "6", "--ratio", "0.5"], "different strategies"),
-        (["--target-bpw", "6", "--at", "5"], "has no use for at"),
+        (["--target-bpw", "6", "--at", "5"], "has no use for --at"),
         (["--target-size", "much"], "cannot read --target-size"),
         (["--target-bpw", "6", "--score", "luck"], "unknown score 'luck'"),
         (["--target-bpw", "6", "--formats", "int9,int4"], "unknown format 'int9'"),
@@ -190,12 +294,12 @@ def test_a_target_in_the_file_gives_way_to_a_flag(store: Path, tmp_path: Path) -
         (["--pareto", "8:2:1"], "the grid '8:2:1'"),
         (["--pareto", "2:8"], "cannot read the grid"),
         (["--pareto", "2:8:1", "--name", "x"], "makes no artifact"),
-        (["--groups", "12/345/6", "--ends", "int8"], "has no use for ends"),
-        (["--groups", "12/345/6", "--predictor", "gram"], "has no use for predictor"),
+        (["--groups", "12/345/6", "--ends", "int8"], "has no use for --ends"),
+        (["--groups", "12/345/6", "--predictor", "gram"], "has no use for --predictor"),
         (["--refine", "3"], "--refine without a budget"),
         (["--pareto", "4:8:1", "--predictor", "gram"], "the diagonal's predictions"),
         (["--max-loss-increase", "1", "--refine", "3"], "least rise of a size"),
-        (["--target-bpw", "6", "--calibration-samples", "8"], "nothing looks at calibration_samples"),
+        (["--target-bpw", "6", "--calibration-samples", "8"], "nothing looks at --calibration-samples"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(store: Path, arguments: list[str], message: str) -> None:
@@ -233,3 +337,53 @@ def test_phases_go_from_the_plan_to_the_images(store: Path, tmp_path: Path) -> N
     result = call(store, "plan", "empirical", "--uniform", "int4", "--phases", "2")
     assert result.exit_code == 2
     assert "phases" in result.stderr
+
+
+def test_the_table_of_what_goes_with_a_score_is_true() -> None:
+    """Against the settings themselves, cell by cell."""
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    head, *rows = re.findall(
+        r"^\| (.*) \|$", text[text.index("| `--score` | a size") :].partition("\n\n")[0], re.MULTILINE
+    )
+    columns: dict[str, dict[str, Any]] = {
+        "a size": {},
+        "`--pareto`": {},
+        "`--max-loss-increase`": {"target_bpw": 0.0, "max_loss_increase": 1.0},
+        "`--predictor gram`": {"predictor": "gram"},
+        "`--refine`": {"refine": 3},
+        "`--phases`": {"phases": 2},
+        "`output` channels": {"granularity": "channel,output"},
+        "kept elements": {"granularity": "channel,element"},
+    }
+    assert head.split(" | ")[1:] == list(columns)
+    told = {row.split(" | ")[0].strip("`"): row.split(" | ")[1:] for row in rows}
+    assert told.keys() == set(SCORES)
+    for score, cells in told.items():
+        for cell, settings in zip(cells, columns.values(), strict=True):
+            try:
+                PlanConfig("budget", **{"target_bpw": 4.0, "score": score, **settings})
+            except ConfigError:
+                assert cell == "no", (score, settings)
+            else:
+                assert cell == "yes", (score, settings)
+
+
+def test_every_budget_of_the_example_sweep_can_be_kept(store: Path) -> None:
+    """Rejects 1.5 bits without one-bit codes, and controls that lack the formats of their rivals."""
+    good(store, "import", "pretrained:mnist-small", "--name", "small")
+    checkpoint = Runner(Store(store)).load(Store(store).resolve("small"))
+    sweep = tomllib.loads((ROOT / "examples" / "sweeps" / "budget.toml").read_text())
+    listed = [
+        (p, bpw, score) for p in sweep["plans"] for bpw in several(p["target_bpw"]) for score in several(p["score"])
+    ]
+    assert {bpw for _, bpw, _ in listed} == {1.5, 2.0, 2.5, 3.0, 3.5, 4.0}
+    assert {score for _, _, score in listed} == set(SCORES)
+    for given, bpw, score in listed:
+        table = sweep["fisher"][given["fisher"]]
+        settings = {"target_bpw": bpw, "score": score, "formats": tuple(given.get("formats", ()))}
+        config = PlanConfig("budget", **{**budget_defaults(table, settings), **settings})  # type: ignore[arg-type]
+        check_target(checkpoint, config, table["granularity"] == "weight")
+
+
+def several(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]

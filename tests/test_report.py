@@ -11,24 +11,29 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import fqdiff
 from fqdiff.pipeline import Runner
 from fqdiff.report.data import Report, collect, find_comparison
-from fqdiff.report.markdown import escape, markdown
+from fqdiff.report.html import text as as_html
+from fqdiff.report.markdown import commands_text, escape, markdown
+from fqdiff.report.origins import lineage_nodes
 from fqdiff.report.page import PAGE_LIMIT, html_page
 from fqdiff.report.pictures import TIMESTEPS, fisher_section
 from fqdiff.report.samples import sample_section
 from fqdiff.report.tables import Table, decile_mean, deciles, tables
-from fqdiff.report.words import dominated, verdict
+from fqdiff.report.words import SAME, dominated, verdict
 from fqdiff.store.store import Store
 from fqdiff.values import Curve, Point, TrajectoryEntry
-from fqdiff.viz.lineage import Node, places_of
-from fqdiff.viz.pareto import Dot, front
+from fqdiff.viz.comparison import intervals
+from fqdiff.viz.lineage import LANE, SIDE, Node, graph, layout, lines_of
+from fqdiff.viz.pareto import Dot, front, pareto
 from fqdiff.viz.samples import magnified_difference
 from tests.browser import Browser, find_chromium
 from tests.test_cli import call, good
@@ -82,6 +87,7 @@ def hostile(report: Report) -> Report:
             and replace(
                 row.manifest,
                 command=HOSTILE,
+                settings=HOSTILE,
                 environment={f"{HOSTILE}{k}": v if v is None else HOSTILE for k, v in row.manifest.environment.items()},
                 recipe=replace(row.manifest.recipe, config={HOSTILE: HOSTILE}, stage=HOSTILE),
             ),
@@ -260,9 +266,22 @@ def test_one_model_is_told_apart_in_the_singular(report: Report) -> None:
     smaller = (report.row("baseline").file_bytes or 0) / (row.file_bytes or 1)
     assert lines[0].startswith(f"int2 against full: {smaller:.1f} times smaller; image MSE ")
     assert lines[1:] == [
-        "KID of 40 images tells from full: int2 (worse).",
-        "FID of 40 images does not tell int2 from full.",
+        "By KID of 40 images, int2 is worse than full.",
+        "FID of 40 images cannot tell int2 from full.",
     ]
+
+
+def test_the_verdict_says_plainly_what_a_lower_fid_is_worth(report: Report) -> None:
+    words = {"model1": "not worse", "model2": "not distinguishable", "model3": "worse", "model4": "worse"}
+    told = tuple(
+        replace(d, verdict=words[d.of]) if d.metric == "fid" and d.against == "baseline" and d.of in words else d
+        for d in report.comparison.differences
+    )
+    lines = verdict(replace(report, comparison=replace(report.comparison, differences=told)))
+    assert (
+        "By FID of 40 images, int2 and float32 are worse than full; groups differs from full by a lower FID, which is no "
+        "gain; int8 cannot be told from full." in lines
+    )
 
 
 def test_whole_sampler_runs_have_dots_in_the_place_of_a_map(report: Report) -> None:
@@ -314,6 +333,32 @@ def test_deciles_are_weighted_means_that_make_up_the_whole(report: Report) -> No
     assert cells(noise, "mean")["float32"] == "0.00e+00 ± 0.0e+00"
 
 
+def test_the_formats_of_a_plan_can_be_read_without_its_picture(report: Report, page: str) -> None:
+    (table,) = [t for t in tables(report) if t.title.startswith("Format of each weight tensor")]
+    assert table.header == ("weight tensor", "block", "Fisher value", "groups", "int8", "int2", "float32")
+    for role, plan in report.plans.items():
+        formats = cells(table, report.labels[role])
+        assert formats == {e.parameter: e.format_label for e in plan.entries if len(e.shape) >= 2}
+    assert "<summary>Format of each weight tensor, as a table</summary>" in page
+    assert "### Format of each weight tensor" in markdown(report)
+
+
+def test_orange_means_told_apart_and_nothing_else(report: Report) -> None:
+    """Rejects orange for the models that nothing beats, beside orange for those that FID tells from the baseline."""
+    told = {"model2": "worse", "model3": "not worse"}
+    differences = tuple(
+        replace(d, verdict=told.get(d.of, SAME)) if (d.metric, d.against) == ("fid", "baseline") else d
+        for d in report.comparison.differences
+    )
+    value = replace(report.comparison, differences=differences)
+    sizes = {row.role: row.file_bytes or 1 for row in report.rows if row.role != "floor"}
+    for figure in (pareto(value, report.labels, sizes, ""), intervals(value, report.labels, "")):
+        left, right = figure.axes
+        orange = [[line for line in axes.lines if line.get_color() == "#D55E00"] for axes in (left, right)]
+        assert not orange[0]
+        assert len([line for line in orange[1] if line.get_marker() == "o" and line.get_alpha() is None]) == 2
+
+
 def test_every_cell_of_the_heat_map_is_a_value_of_the_table(report: Report, page: str) -> None:
     ((_, subject),) = report.fisher.items()
     (data,) = [found for found in json_of(page) if "rows" in found]
@@ -340,8 +385,30 @@ def test_the_commands_lead_from_the_model_to_the_comparison(store: Path, report:
     )
     # In the order of their making, each once: a plan was made before any was quantized, and all were sampled by compare.
     order = ["dataset", "checkpoint", "fisher", "plan", "features", "samples", "quantized", "comparison"]
-    assert sorted(named.commands) == sorted(order)
-    assert [c for c in named.commands if c not in ("features", "samples", "quantized")] == [*order[:4], "comparison"]
+    commands = [command for command, _ in named.commands]
+    assert sorted(commands) == sorted(order)
+    assert [c for c in commands if c not in ("features", "samples", "quantized")] == [*order[:4], "comparison"]
+
+
+def test_what_a_settings_file_said_can_be_read_in_the_report(store: Path, report: Report, page: str) -> None:
+    """Rejects a command that cannot be given again because its file is elsewhere; a file named twice is shown once."""
+    (made,) = [m for m in Store(store).manifests("comparison") if m.id == report.id]
+    assert made.settings == (store.parent / "quick.toml").read_text()
+    told = commands_text(report)
+    assert told.count("#     epochs = 1") == 1
+    assert as_html(told) in page
+    first = [(command, settings) for command, settings in report.commands if settings]
+    assert len(first) >= 1
+    changed = replace(
+        report,
+        artifacts=tuple(
+            replace(r, manifest=r.manifest and replace(r.manifest, command=f"fqdiff {r.key}", settings="a = 1\n"))
+            for r in report.artifacts
+        ),
+    )
+    lines = commands_text(changed).splitlines()
+    assert lines[1:3] == ["#   its file of settings:", "#     a = 1"]
+    assert lines[4] == f"#   its file of settings: that of {lines[0]}"
 
 
 @pytest.mark.parametrize(
@@ -422,7 +489,7 @@ def test_markdown_holds_every_table(report: Report) -> None:
         assert f"### {table.title}" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == sum(2 + len(table.rows) for table in tables(report))
-    assert all(command in text for command in report.commands)
+    assert all(command in text for command, _ in report.commands)
 
 
 def test_hostile_text_stays_in_its_cell(hostile: Report) -> None:
@@ -497,19 +564,47 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
 
 
 def test_what_is_made_stands_right_of_what_it_was_made_from(report: Report) -> None:
-    nodes = {
-        row.key: Node(row.kind, row.id, tuple(key for _, key in row.inputs), row.manifest is not None)
-        for row in report.artifacts
-    }
-    places = places_of(nodes)
+    nodes = lineage_nodes(report)
+    places = layout(nodes).boxes
     assert len(set(places.values())) == len(nodes)
     for key, node in nodes.items():
         assert all(places[source][0] < places[key][0] for source in node.sources)
 
 
+def test_no_line_of_the_lineage_runs_behind_a_box(report: Report) -> None:
+    """Rejects straight lines to what was made columns away: each passes a column in a lane of its own, between the boxes,
+    and lines from one column to the next stay in the gap. All lines of a box can be followed from it.
+    """
+    nodes = lineage_nodes(report)
+    found = layout(nodes)
+    for (_, number), (x, y) in found.lanes.items():
+        assert x == number
+        assert all(abs(y - row) >= 0.5 + LANE / 2 - 1e-9 for column, row in found.boxes.values() if column == x)
+    ends = lines_of(nodes, found)
+    assert all(
+        start[0] % 1 == pytest.approx(SIDE) and end[0] - start[0] == pytest.approx(1 - 2 * SIDE) for start, end in ends
+    )
+    assert len(set(ends)) == len(ends)
+    for key, node in nodes.items():
+        for source in node.sources:
+            first, last = found.boxes[source][0], found.boxes[key][0]
+            assert all((source, number) in found.lanes for number in range(first + 1, last))
+
+
+def test_boxes_of_the_lineage_name_what_they_hold_with_its_id(report: Report) -> None:
+    """Rejects a name in the place of the id, and samples that do not say whose they are."""
+    nodes = lineage_nodes(report)
+    for key, node in nodes.items():
+        assert node.lines[-1] == key.partition("/")[2]
+    for row in report.rows:
+        assert nodes[f"samples/{row.samples}"].lines[0] == f"of {row.label}"
+    assert nodes[report.row("baseline").model].lines[0] == "full"
+
+
 def test_a_loop_that_a_stranger_wrote_is_drawn_too() -> None:
-    nodes = {"a": Node("plan", "a", ("b",), True), "b": Node("plan", "b", ("a",), True)}
-    assert len(set(places_of(nodes).values())) == 2
+    nodes = {"a": Node("plan", ("a",), ("b",), True), "b": Node("plan", ("b",), ("a",), True)}
+    assert len(set(layout(nodes).boxes.values())) == 2
+    graph(nodes, "")
 
 
 def test_differences_are_magnified_without_wrapping_round() -> None:
@@ -561,6 +656,72 @@ def test_the_page_renders_in_silence(opened: Browser, tmp_path: Path) -> None:
         assert opened.run("document.documentElement.scrollWidth <= innerWidth")
         assert opened.run("document.querySelectorAll('svg').length") == 7
     assert opened.run("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    quiet(opened, tmp_path)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_a_picture_of_the_page_has_something_in_every_section(
+    opened: Browser, tmp_path: Path, width: int, scheme: str
+) -> None:
+    """Rejects a page that is blank, or has a section without its picture: as it is drawn, and not as it is written."""
+    opened.look(width, 900, scheme)
+    opened.settle()
+    path = tmp_path / "page.png"
+    opened.screenshot(path)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("L")).astype(int)
+    boxes = opened.run(
+        "[...document.querySelectorAll('section')].map(s => { const b = s.getBoundingClientRect();"
+        " return [s.id, ...[b.left, b.top + scrollY, b.right, b.bottom + scrollY].map(Math.round)] })"
+    )
+    assert [name for name, *_ in boxes] == SECTIONS
+    for name, left, top, right, bottom in boxes:
+        section = pixels[top + 8 : bottom - 8, left + 8 : right - 8]
+        assert section.size, name
+        ground = np.bincount(section.ravel()).argmax()
+        assert (ground > 128) == (scheme == "light"), name
+        drawn = np.abs(section - ground) > 40
+        assert drawn.mean() > 0.005, name
+        assert all(part.any() for part in np.array_split(drawn, 3)), name
+
+
+def test_what_is_wider_than_a_phone_says_so_and_can_be_pointed_at(opened: Browser, tmp_path: Path) -> None:
+    """Rejects titles and legends in pictures that scroll, and an overlay that is placed by the screen and not by the picture."""
+    opened.look(390, 844, "light")
+    opened.settle()
+    wide, hidden = opened.run(
+        "(() => { const all = [...document.querySelectorAll('.scroll')], says = s => 'wide' in s.dataset;"
+        " return [all.filter(says).length, all.filter(s => s.scrollWidth > s.clientWidth + 1 && !says(s)).length] })()"
+    )
+    assert wide > 4
+    assert hidden == 0
+    assert opened.run("[...document.querySelectorAll('.legend, h3')].every(e => e.scrollWidth <= e.clientWidth)")
+    left, right, frame_left, frame_right = opened.run(
+        "(() => { const a = document.querySelector('#curves .places').getBoundingClientRect(),"
+        " b = document.querySelector('#curves .frame').getBoundingClientRect(); return [a.left, a.right, b.left, b.right] })()"
+    )
+    (axes, *_) = [found["axes"] for found in json_of((tmp_path / "report.html").read_text()) if "texts" in found]
+    assert left == pytest.approx(frame_left + axes[0] * (frame_right - frame_left), abs=1)
+    assert right == pytest.approx(frame_left + (axes[0] + axes[2]) * (frame_right - frame_left), abs=1)
+    assert frame_right > 390
+    more = "document.querySelector('#curves .scroll').hasAttribute('data-more')"
+    assert opened.run(more)
+    opened.run("document.querySelector('#curves .scroll').scrollLeft = 9999")
+    opened.settle()
+    assert not opened.run(more)
+    quiet(opened, tmp_path)
+
+
+def test_tables_fit_a_desktop_and_heads_stand_over_their_cells(opened: Browser, tmp_path: Path) -> None:
+    assert opened.run(
+        "[...document.querySelectorAll('#models .scroll, #metrics .scroll')].every(s => !('wide' in s.dataset))"
+    )
+    ends = opened.run(
+        "[...document.querySelectorAll('#models thead th, #metrics thead th')].map(h => [h.classList.contains('words'),"
+        " getComputedStyle(h).textAlign, h.cellIndex])"
+    )
+    assert ["left" if words or index == 0 else "right" for words, _, index in ends] == [align for _, align, _ in ends]
+    assert any(words and index for words, _, index in ends)
     quiet(opened, tmp_path)
 
 

@@ -26,6 +26,7 @@ from fqdiff.stages.sample import (
     LARGEST_BATCH,
     batch_bytes,
     batch_that_fits,
+    even_size,
     sample,
     sample_shard,
     units,
@@ -58,6 +59,33 @@ def test_units_hold_all_images_once_and_in_order(count: int, number: int) -> Non
     cut = units(count)
     assert [k for unit in cut for k in unit.members] == list(range(count))
     assert [unit.name for unit in cut] == [f"unit-{k:04}-of-{number:04}" for k in range(1, number + 1)]
+
+
+@pytest.mark.parametrize(
+    ("count", "largest", "size"),
+    [(120, 100, 60), (100, 100, 100), (101, 100, 51), (5000, 100, 100), (7, 100, 7), (7, 1, 1)],
+)
+def test_batches_of_one_size_hold_hardly_more_than_the_images(count: int, largest: int, size: int) -> None:
+    assert even_size(count, largest) == size
+    batches = -(-count // largest)
+    assert -(-count // size) == batches
+    assert size * batches - count < batches
+
+
+def test_a_hundred_and_twenty_images_are_two_batches_of_sixty(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejects batches as large as may be, where 80 of 200 images computed are thrown away, and batches of two sizes."""
+    sizes = []
+    make_images = module.make_images
+
+    def spy(predict, spec, config, seed, context, ks, size, *rest):  # type: ignore[no-untyped-def]
+        sizes.append((len(ks), size))
+        return make_images(predict, spec, config, seed, context, ks, size, *rest)
+
+    monkeypatch.setattr(module, "make_images", spy)
+    sample(checkpoint, SampleConfig(steps=1, count=120), 0, Context())
+    assert sizes == [(60, 60), (60, 60)]
 
 
 def making(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
@@ -370,6 +398,7 @@ def test_units_that_differ_between_machines_are_refused(store: Path, trained: Pa
         (["--shard", "0/2"], "there is no shard 0 of 2"),
         (["--shard", "1/2", "--name", "half"], "a shard is no artifact and takes no --name"),
         (["--max-memory", "much"], "cannot read --max-memory 'much'"),
+        (["--max-memory", "100"], "--max-memory 100 would be 100 bytes"),
         (["--max-memory", "1MB"], "one image needs about"),
         (["--max-memory", "1GiB", "--batch-size", "5"], "give one of them"),
         (["--sampler", "dpm"], "one of: ddim, ddpm, dpm++"),

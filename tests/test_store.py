@@ -22,7 +22,7 @@ from fqdiff import pipeline
 from fqdiff.configs import get_preset
 from fqdiff.context import Context, Part
 from fqdiff.errors import AmbiguousRef, ArtifactCorrupt, ArtifactNotFound, ConfigError, FqdiffError, LineageError
-from fqdiff.evidence.comparison import DISTRIBUTION, PAIRED, Resampled, differences, measured, measures
+from fqdiff.evidence.comparison import DISTRIBUTION, PAIRED, Measure, Resampled, differences, measured, measures
 from fqdiff.evidence.digits import DigitClassifier
 from fqdiff.models.registry import build, parameter_blocks, unet_architecture, unet_config
 from fqdiff.pipeline import Runner, Stage, Step
@@ -212,7 +212,15 @@ def tiny_value(kind: str) -> Any:
         return ClassifierWeights("noise", 3, (1, 8, 8), weights, 0.5, 0.75)
     if kind == "comparison":
         return tiny_comparison()
-    return FidResult(1.5, 10, "digits", "0" * 64, 84, "noise", 0, 0.1, -0.2, 0.9, 0.25, (-0.5, 0.5))
+    return tiny_metrics()
+
+
+def tiny_metrics() -> FidResult:
+    """FID and KID of ten images, and how far FID is from a baseline's."""
+    rows = (Measure("fid", "model1", 1.5, 0.25, 1.0, 2.0), Measure("kid", "baseline", -0.5, 0.25, -1.0, 0.0))
+    return FidResult(
+        1.5, 10, "digits", "0" * 64, 84, "noise", 0, 0.1, -0.2, 0.9, 0.25, (-0.5, 0.5), 0.02, measures=rows
+    )
 
 
 def same(a: Any, b: Any) -> bool:
@@ -592,6 +600,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fqdiff.pipeline as pipeline
+from fqdiff.evidence.comparison import Measure
 from fqdiff.store.store import Store
 from fqdiff.values import FidResult
 
@@ -601,7 +610,8 @@ class ToyConfig:
 
 def toy(config, seed, context):
     time.sleep(1)
-    return FidResult(1.5, 10, "digits", "0" * 64, 84, "noise", 0, 0.1, -0.2, 0.9, 0.25, (-0.5, 0.5))
+    rows = (Measure("fid", "model1", 1.5, 0.25, 1.0, 2.0),)
+    return FidResult(1.5, 10, "digits", "0" * 64, 84, "noise", 0, 0.1, -0.2, measures=rows)
 
 pipeline.STAGES = {**pipeline.STAGES, "toy-metrics": pipeline.Stage("metrics", "__main__:toy")}
 runner = pipeline.Runner(Store(Path(sys.argv[1])), say=print)

@@ -17,13 +17,16 @@ import pytest
 
 from fqdiff.cli.session import Session
 from fqdiff.cli.sweep_file import make_cells, read_sweep
+from fqdiff.context import Context
 from fqdiff.errors import ConfigError
 from fqdiff.pipeline import Runner, Step
+from fqdiff.stages import sample as sample_stage
 from fqdiff.store.manifest import Manifest, Recipe
 from fqdiff.store.store import Store
-from fqdiff.sweep.cost import estimated_seconds, measured_rates, work
+from fqdiff.sweep.cost import TIMED_STEPS, estimated_seconds, measured_rates, sampling_rate, work
 from fqdiff.sweep.grid import expand
 from fqdiff.sweep.processes import Died, run_in_processes
+from fqdiff.values import Checkpoint
 from tests.dying_worker import fail_at_two
 from tests.test_cli import call, good
 
@@ -225,6 +228,22 @@ def test_a_dry_run_without_anything_to_go_by_times_the_sampler(store: Path, tmp_
     assert "and what classifier, compare, fisher, plan, quantize take: nothing in this store tells" in found.stdout
 
 
+def test_every_timed_run_of_the_sampler_makes_its_images(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejects parts that runs share: the second would find the images of the first, and a step would take 0 s."""
+    steps: list[int] = []
+    make_images = sample_stage.make_images
+
+    def spy(predict, spec, config, *rest):  # type: ignore[no-untyped-def]
+        steps.append(config.steps)
+        return make_images(predict, spec, config, *rest)
+
+    monkeypatch.setattr(sample_stage, "make_images", spy)
+    assert sampling_rate(checkpoint, Context()) > 0
+    assert steps == [1, 1, 1 + TIMED_STEPS]
+
+
 def test_estimates_go_by_work_and_model(swept: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     store, _ = swept
     rates = measured_rates(Store(store))
@@ -305,6 +324,8 @@ def test_an_interrupted_sweep_continues_to_the_same_table(
     before = ids(store)
     done: dict[str, Any] = good(store, "sweep", file, "--jobs", str(jobs))
     assert before < ids(store) == ids(swept[0])
+    # Whoever of the processes made it: what is made tells what the file said.
+    assert {m.settings for m in Store(store).manifests("comparison")} == {Path(file).read_text()}
     assert Path(done["csv"]).name == Path(swept[1]["csv"]).name
     assert without_times(done) == without_times(swept[1])
 

@@ -169,7 +169,7 @@ def test_the_shipped_table_has_every_method_with_and_without_activations(tmp_pat
     shipped = read_sweep(Path(__file__).parent.parent / "examples" / "sweeps" / "methods.toml")
     file = replace(shipped, sweep=replace(shipped.sweep, dataset="mnist5k"), stages={**shipped.stages, "sample": {}})
     cells = make_cells(Session(tmp_path / "store", quiet=True), file, None)
-    assert len(cells) == len({cell.artifacts["comparison"].id for cell in cells}) == 44
+    assert len(cells) == len({cell.artifacts["comparison"].id for cell in cells}) == 48
     both = {cell.method for cell in cells if "quantize_activations" in cell.settings}
     assert both == METHODS.keys()
     assert {cell.method for cell in cells if "quantize_activations" not in cell.settings} == both - {"tdq", "repq"}

@@ -1,21 +1,24 @@
-"""A comparison in words: paired metrics first, since they see differences that no distance between distributions can."""
+"""A comparison in words, what is surest first: predictions and runs of the models, images of the same noise, sets of images."""
 
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fqdiff.cli.show import table
 from fqdiff.report.words import (
+    BEYOND,
     DECIDING,
     DISTRIBUTION_COLUMNS,
     DIVERGENCE,
+    NO_GAIN,
     NOISE_ERROR,
     PAIRED_COLUMNS,
+    WHAT_N_COUNTS,
     interval,
-    judged,
+    pair_columns,
 )
 
 if TYPE_CHECKING:
+    from fqdiff.evidence.comparison import Difference, Measure
     from fqdiff.values import Comparison, Curve
 
 
@@ -24,10 +27,11 @@ def comparison_text(artifact: str, value: "Comparison", labels: Mapping[str, str
     parts = [
         f"comparison {artifact}: N = {value.n} images of each, seed {value.seed}; baseline {labels['baseline']}",
         "",
+        *network_text(value, labels),
         "Same noise, image by image: how far from the baseline's image",
         paired_table(value, labels),
-        *([nearer, ""] if (nearer := nearer_text(value, labels)) else [""]),
-        *network_text(value, labels),
+        "",
+        *(["Model against model", model_pair_table(value, labels), ""] if value.models > 1 else []),
         f"Against real images: {value.reference}",
         distribution_table(value, labels),
         "",
@@ -46,9 +50,9 @@ def models_of(value: "Comparison") -> list[str]:
     return model_roles(value.models)
 
 
-def cells(value: "Comparison", role: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Value and half interval of each metric; empty where it was not measured."""
-    found = {m.metric: m for m in value.measures if m.of == role}
+def cells(measures: "Sequence[Measure]", role: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Value and half interval of each metric of ``role``; empty where it was not measured."""
+    found = {m.metric: m for m in measures if m.of == role}
     out = []
     for metric, (_, form) in columns.items():
         m = found.get(metric)
@@ -65,7 +69,7 @@ def paired_table(value: "Comparison", labels: Mapping[str, str]) -> str:
         error = value.measure("image_mse", role).value
         whole = value.measure("image_mse", "floor").value if value.floor_seed is not None else 0.0
         share = "identical" if error == 0 else f"{error / whole:.3%}" if whole > 0 else ""
-        body.append([labels[role], *cells(value, role, PAIRED_COLUMNS), share])
+        body.append([labels[role], *cells(value.measures, role, PAIRED_COLUMNS), share])
     return table(header, body)
 
 
@@ -107,16 +111,15 @@ def curve_rows(curves: "Sequence[Curve]", labels: Mapping[str, str]) -> list[lis
     ]
 
 
-def nearer_text(value: "Comparison", labels: Mapping[str, str]) -> str:
-    """Which of two models is nearer to the baseline, for every pair."""
-    lines = []
-    for first, second in combinations(models_of(value), 2):
-        mse, fid = (value.pair(metric, second, first) for metric in ("image_mse", "fid"))
-        lines.append(
-            f"{labels[second]} against {labels[first]}: image MSE {interval(mse, '+.2e')} {judged(mse)}; "
-            f"FID {interval(fid, '+.3f')} {judged(fid)}"
-        )
-    return "\n".join(lines)
+def model_pair_table(value: "Comparison", labels: Mapping[str, str]) -> str:
+    """Every pair of models by what is surest, and by FID, with a verdict each; pair by pair."""
+    columns = {metric: column for metric, column in pair_columns().items() if metric != "kid"}
+    found = [d for d in value.differences if d.metric in columns and not {"baseline", "floor"} & {d.of, d.against}]
+    roles, metrics = list(labels), list(columns)
+    found.sort(key=lambda d: (roles.index(d.against), roles.index(d.of), metrics.index(d.metric)))
+    return _verdict_table(
+        value, found, ((f"{labels[d.of]} against {labels[d.against]}", columns[d.metric]) for d in found)
+    )
 
 
 def distribution_table(value: "Comparison", labels: Mapping[str, str]) -> str:
@@ -124,21 +127,25 @@ def distribution_table(value: "Comparison", labels: Mapping[str, str]) -> str:
     measured = {m.metric for m in value.measures}
     columns = {metric: column for metric, column in DISTRIBUTION_COLUMNS.items() if metric in measured}
     header = ["model", *(name for name, _ in columns.values())]
-    return table(header, [[label, *cells(value, role, columns)] for role, label in labels.items()])
+    return table(header, [[label, *cells(value.measures, role, columns)] for role, label in labels.items()])
 
 
 def difference_table(value: "Comparison", labels: Mapping[str, str]) -> str:
     """FID and KID of each model minus the baseline's, and what may be said of it."""
+    pairs = [(role, metric) for role in labels if role != "baseline" for metric in DECIDING]
+    found = [value.pair(metric, role, "baseline") for role, metric in pairs]
+    return _verdict_table(value, found, ((labels[d.of], DISTRIBUTION_COLUMNS[d.metric]) for d in found))
+
+
+def _verdict_table(
+    value: "Comparison", found: "Sequence[Difference]", names: "Iterable[tuple[str, tuple[str, str]]]"
+) -> str:
+    """A row for each difference. ``names``: of each what is compared, and the metric with how it is written."""
     header = ["model", "metric", f"difference [{value.level:.0%}]", "adjusted p", "verdict", "N that would tell"]
     body = []
-    for role, label in labels.items():
-        for metric in DECIDING:
-            if role == "baseline":
-                continue
-            d = value.pair(metric, role, "baseline")
-            name, form = DISTRIBUTION_COLUMNS[metric]
-            needed = "" if d.images_needed is None else f"{d.images_needed:,}"
-            body.append([label, name, interval(d, "+" + form), f"{d.adjusted_p:.2g}", d.verdict, needed])
+    for d, (label, (name, form)) in zip(found, names, strict=True):
+        needed = "" if d.images_needed is None else f"{d.images_needed:,}"
+        body.append([label, name, interval(d, "+" + form), f"{d.adjusted_p:.2g}", d.verdict, needed])
     return table(header, body)
 
 
@@ -146,15 +153,14 @@ def notes(value: "Comparison") -> list[str]:
     """What the numbers rest on."""
     lines = [
         f"± and [ ]: {value.level:.0%} intervals from {value.resamples} resamples of images, the same for all models.",
-        f"Verdicts: at the {value.level:.0%} level, after Holm's correction over all pairs. N that would tell: at 80 % power.",
+        f"Verdicts: at the {value.level:.0%} level, after Holm's correction over all pairs of a metric.",
+        f"{WHAT_N_COUNTS} At 80 % power.",
         f"Features: {value.features}, {value.dimension} dimensions, sha256 {value.features_sha256[:16]}.",
     ]
     if value.floor_seed is not None:
         lines.append(
             f"Other noise: the baseline's model with seed {value.floor_seed}, what chance alone does; its images share no noise."
         )
-    if any(d.verdict in ("not worse", "not better") for d in value.differences):
-        lines.append(
-            "Not worse, not better: one is nearer to the real images than its own full precision. That is no gain: it moved away."
-        )
+    if any(d.verdict in BEYOND for d in value.differences):
+        lines.append(NO_GAIN)
     return lines

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fqdiff.cli.compare_text import cells
 from fqdiff.cli.quantize_steps import planned_step
 from fqdiff.cli.sample import sample_settings
 from fqdiff.cli.session import Session, common, only_input
-from fqdiff.cli.show import artifact_data
+from fqdiff.cli.show import artifact_data, table
 from fqdiff.configs import ClassifierConfig, FidConfig, SampleConfig, config_from_data
 from fqdiff.errors import ArtifactNotFound, ConfigError, DataError
+from fqdiff.report.words import DISTRIBUTION_COLUMNS
 
 if TYPE_CHECKING:
     from fqdiff.pipeline import External, Step
@@ -49,10 +51,12 @@ def fid(
     ] = None,
     inception_weights: InceptionOption = None,
     count: Annotated[
-        int | None, typer.Option(min=2, help="Images of each set.", show_default="as many as both sets have")
+        int | None, typer.Option(min=10, help="Images of each set.", show_default="as many as both sets have")
     ] = None,
 ) -> None:
-    """Compare generated images with held-out real ones (Fréchet distance)."""
+    """Compare generated images with held-out real ones: FID and its kind."""
+    from dataclasses import asdict
+
     from fqdiff.pipeline import Step
 
     found = session.resolve(source, ("samples", "quantized", "plan", "checkpoint"))
@@ -67,7 +71,7 @@ def fid(
     if manifest is None:
         return
     value: FidResult = session.runner.load(manifest)
-    session.result({**artifact_data(session.store, manifest), **vars(value)}, lambda: fid_text(manifest, value))
+    session.result({**artifact_data(session.store, manifest), **asdict(value)}, lambda: fid_text(manifest, value))
 
 
 def fid_samples(
@@ -140,12 +144,20 @@ def choose_features(
 
 
 def fid_text(manifest: "Manifest", value: "FidResult") -> str:
-    """The result in words: the number, what it depends on, and how sure the difference is."""
+    """The result in words: every metric, what it depends on, and how sure the difference is."""
+    own = value.measure("fid")
+    columns = {m.metric: DISTRIBUTION_COLUMNS[m.metric] for m in value.measures}
+    roles = dict.fromkeys(m.of for m in value.measures)
+    rows = [["baseline" if of == "baseline" else "samples", *cells(value.measures, of, columns)] for of in roles]
     lines = [
-        f"FID {value.features} {value.fid:.3f}  (N = {value.n}, seed {value.seed}, metrics {manifest.id})",
+        f"FID {value.features} {value.fid:.3f} ± {own.high - own.value:.3f}"
+        f"  (N = {value.n}, seed {value.seed}, metrics {manifest.id})",
+        table(["± 95 % intervals", *(name for name, _ in columns.values())], rows),
         f"features: {value.features}, {value.dimension} dimensions, sha256 {value.features_sha256[:16]}",
         f"reference: {value.reference}; mean pixel {value.image_mean:+.3f}, reference {value.reference_mean:+.3f}",
     ]
+    if value.fid_infinity is not None:
+        lines.append(f"FID extrapolated to infinitely many images: {value.fid_infinity:.3f}")
     if value.confidence is not None:
         lines.append(f"mean top-1 confidence of the classifier: {value.confidence:.3f}")
     if value.difference is not None and value.interval is not None:

@@ -1,6 +1,7 @@
 """``fqdiff plan``."""
 
 import re
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from fqdiff.cli.plan_budget import (
     block_rows,
     budget_config,
     budget_text,
+    check_dry,
     parse_grid,
     show_pareto,
     title,
@@ -21,7 +23,18 @@ from fqdiff.cli.plan_budget import (
 from fqdiff.cli.plan_plugin import make_by_plugin, plan_inputs
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
-from fqdiff.configs import ACTIVATION_FORMATS, FITTED, INTEGERS, RANGES, RIVALS, ROUNDINGS, SCALES, PlanConfig
+from fqdiff.configs import (
+    ACTIVATION_FORMATS,
+    FITTED,
+    INTEGERS,
+    OUTPUT,
+    RANGES,
+    RIVALS,
+    ROUNDINGS,
+    SCALES,
+    WHOLE_RUN,
+    PlanConfig,
+)
 from fqdiff.errors import ArtifactNotFound, ConfigError, require
 
 if TYPE_CHECKING:
@@ -210,8 +223,8 @@ def make(
     at: Annotated[
         str | None,
         typer.Option(
-            help="Read Fisher values at this timestep, or 'mean'.",
-            show_default=f"{PlanConfig.at}",
+            help="Read Fisher values at this timestep, their 'mean', or those of a trajectory's whole 'run'.",
+            show_default=f"{PlanConfig.at}; run for a trajectory table",
             rich_help_panel=RULES,
         ),
     ] = None,
@@ -309,7 +322,7 @@ def make(
         "pareto": pareto,
         "score": score,
         "timestep_weights": timestep_weights,
-        "formats": formats,
+        "formats": parse_names("--formats", formats) if formats is not None else None,
         "ends": ends,
         "predictor": predictor,
         "refine": refine,
@@ -326,12 +339,12 @@ def make(
         "at": at,
         "low": low,
         "high": high,
-        "ladder": parse_names(ladder) if ladder is not None else None,
+        "ladder": parse_names("--ladder", ladder) if ladder is not None else None,
         "ladder_step": ladder_step,
         "granularity": granularity,
         "scale": scale,
         "symmetric": symmetric or None,
-        "ranges": parse_names(range_) if range_ is not None else None,
+        "ranges": parse_names("--range", range_) if range_ is not None else None,
         "rounding": rounding,
         "activations": activations,
         "wide_activations": wide_activations,
@@ -357,10 +370,12 @@ def make(
         if pareto is not None:
             show_pareto(session, inputs, config, parse_grid(pareto))
             return
+        if session.dry_run:
+            check_dry(session, inputs, config)
     else:
         foreign = sorted(given & READS_BUDGET)
         if foreign:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+            options = ", ".join(map(flag, foreign))
             raise ConfigError(f"{options} without a budget", "add --target-bpw, --target-size or --max-loss-increase")
         rules = {name: value for name, value in flags.items() if name not in (*TARGETS, *READS_BUDGET)}
         rules |= {"strategy": strategy, "low": rules.pop("uniform") or low}
@@ -369,6 +384,9 @@ def make(
         inputs = plan_inputs(session, source, reads_table)
         if not reads_table:
             inputs.pop("fisher", None)
+        elif config.strategy != "uniform" and "at" not in given | from_file.keys() and is_of_runs(inputs["fisher"]):
+            config = replace(config, at=WHOLE_RUN)  # the errors of all steps together are what such a table is about
+        planned_formats(config)  # so that a dry run refuses what the plan would
     random = config.score == "random" or config.is_calibrated
     step = Step("plan", inputs, config, session.seed if random else 0)
     manifest = session.make(step)
@@ -401,12 +419,15 @@ def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
         named = sorted(given & OWN_SETTINGS.keys())
         if len(named) > 1:
             alike = "different targets" if set(named) <= TARGETS else "different strategies"
-            raise ConfigError(f"{' and '.join(named)} belong to {alike}", "give one of them")
+            words = [flag(name) if given is flags else name for name in named]
+            raise ConfigError(f"{' and '.join(words)} belong to {alike}", "give one of them")
         if named:
             strategy = "budget" if named[0] in TARGETS else named[0].replace("_", "-")
             foreign = sorted(flags - OWN_SETTINGS[named[0]] - {named[0]} - ANY_STRATEGY)
             if foreign:
-                raise ConfigError(f"strategy '{strategy}' has no use for {', '.join(foreign)}", "leave it out")
+                raise ConfigError(
+                    f"strategy '{strategy}' has no use for {', '.join(map(flag, foreign))}", "leave it out"
+                )
             return strategy if "strategy" not in in_file or given is flags else None
     return None
 
@@ -424,9 +445,22 @@ def parse_uniform(text: str, activations: str | None) -> dict[str, object]:
     }
 
 
-def parse_names(text: str) -> tuple[str, ...]:
-    """``min-max,fisher`` as names."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def flag(name: str) -> str:
+    """The flag that gives the setting ``name``."""
+    return {"ranges": "--range", "lower_thresholds": "--threshold"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def is_of_runs(table: "Manifest") -> bool:
+    """Whether a Fisher table is of sampler runs."""
+    return bool(table.recipe.config.get("kind") == "trajectory")
+
+
+def parse_names(option: str, text: str) -> tuple[str, ...]:
+    """``min-max,fisher`` as names. Raises ConfigError where there are none."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise ConfigError(f"{option} names nothing", "leave it out for the default, or give names with commas between")
+    return names
 
 
 def parse_ladder_thresholds(text: str) -> dict[str, object]:
@@ -452,12 +486,12 @@ def gain_inputs(session: Session, inputs: "dict[str, Manifest]") -> "dict[str, M
     One that is the plan's table already is not given twice. Raises ArtifactNotFound.
     """
     table_of, checkpoint = inputs.get("fisher"), inputs["checkpoint"]
-    if table_of is not None and table_of.recipe.config.get("kind") == "trajectory":
+    if table_of is not None and is_of_runs(table_of):
         return {}
     found = [
         m
         for m in session.store.manifests("fisher")
-        if m.recipe.config.get("kind") == "trajectory"
+        if is_of_runs(m)
         and m.recipe.config.get("window") in (0, m.recipe.config.get("steps"))
         and (i := m.input("checkpoint")) is not None
         and i.id == checkpoint.id
@@ -480,13 +514,12 @@ def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:
     for block in BLOCKS:
         entries = [e for e in value.entries if e.block == block]
         tensors = [e for e in entries if len(e.shape) >= 2]
-        lowered = {name: [e for e in tensors if e.format == name] for name in lower}
-        weights = {name: sum(e.weights_by_format[name] for e in each) for name, each in lowered.items()}
+        weights = {name: sum(e.weights_by_format.get(name, 0) for e in tensors) for name in lower}
         rows.append(
             {
                 "block": block,
                 "tensors": len(tensors),
-                "tensors_low": sum(map(len, lowered.values())),
+                "tensors_low": sum(e.format in lower for e in tensors),
                 "weights": sum(prod(e.shape) for e in tensors),
                 "weights_low": sum(weights.values()),
                 "formats": weights,
@@ -522,8 +555,9 @@ def plan_text(
         rest = "biases and norms stay float32" + (
             "" if value.strategy == "uniform" else f", all other weights are {high}"
         )
-    kept = sum(prod(e.shape) - e.weights_by_format[e.format] for e in value.entries)
+    kept = sum(e.weights_by_format.get(high, 0) for e in value.entries if e.format != high)
     if kept:
-        rest += f"; {kept:,} single elements stay {high}"
+        outputs = any(e.granularity.startswith(OUTPUT) for e in value.entries)
+        rest += f"; {kept:,} {'weights of single output channels' if outputs else 'single elements'} stay {high}"
     rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
     return "\n".join([title(manifest, value), table(header, cells), rest, *rules, *activations_text(value)])

@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from fqdiff.cli.session import Session
-from fqdiff.cli.show import byte_count, mebibytes, table
+from fqdiff.cli.show import BLOCKS, byte_count, mebibytes, table
 from fqdiff.configs import OUTPUT, RIVALS, PlanConfig
 from fqdiff.errors import ConfigError
 
@@ -27,25 +27,18 @@ ONE_FORMAT = ("uniform", "modelopt", "autoround")  # scores of tensors in one fo
 def budget_config(session: Session, given_flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
     """The settings of a budget: flags, then the file, then the score that suits the Fisher table; a flag may be missing.
 
-    A target among the flags replaces that of the file; a grid of targets stands for its first.
+    A target among the flags replaces that of the file; a grid of targets stands for its first. Raises ConfigError for formats
+    that there are not.
     """
+    from fqdiff.quant.formats import get_format
+
     flags = defaultdict(lambda: None, given_flags)
-    size, formats, pareto = flags["target_size"], flags["formats"], flags["pareto"]
-    names = (
-        "score",
-        "timestep_weights",
-        "ends",
-        "granularity",
-        "scale",
-        "symmetric",
-        "ranges",
-        "rounding",
-        *ACTIVATIONS,
-    )
+    size, pareto = flags["target_size"], flags["pareto"]
+    names = ("score", "timestep_weights", "formats", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
     others = ("predictor", "refine", "calibration_timesteps", "calibration_samples", "phases", "traffic_bpw")
-    chosen = {name: flags[name] for name in (*names, *others)}
-    if formats is not None:
-        chosen["formats"] = tuple(part.strip() for part in formats.split(",") if part.strip())
+    chosen = {name: flags[name] for name in (*names, *others, *ACTIVATIONS)}
+    for name in (*(chosen["formats"] or ()), *([chosen["ends"]] if chosen["ends"] else [])):
+        get_format(name)
     targets = {
         "target_bpw": flags["target_bpw"] if pareto is None else parse_grid(pareto)[0],
         "target_bytes": byte_count("--target-size", size) if size is not None else None,
@@ -71,6 +64,18 @@ def budget_defaults(table: "Mapping[str, object]", given: "Mapping[str, object]"
     plain = all(told.get(name, value) == value for name, value in PLAIN.items())
     mixed = table.get("granularity") == "weight" and plain and told["score"] not in ONE_FORMAT
     return {"score": score, "granularity": ",".join((*GRAINS, OUTPUT) if mixed else GRAINS), "scale": "float16"}
+
+
+def check_dry(session: Session, inputs: "Mapping[str, Manifest]", config: PlanConfig) -> None:
+    """Raise ConfigError where the plan would be refused for its formats, or for a target that no file fits."""
+    from fqdiff.planning.plans import check_target
+    from fqdiff.quant.formats import get_format
+
+    for name in (*config.formats, *([config.ends] if config.ends else [])):
+        get_format(name)
+    table = inputs.get("fisher")
+    single_weights = table is not None and table.recipe.config.get("granularity") == "weight"
+    check_target(session.runner.load(inputs["checkpoint"]), config, single_weights)
 
 
 def parse_grid(text: str) -> list[float]:
@@ -238,7 +243,7 @@ def base_format(name: str) -> str:
 def block_rows(value: "Plan") -> list[dict[str, object]]:
     """Block by block: how many weights go to which format, payload bytes before and after, the predicted rise."""
     rows: list[dict[str, object]] = []
-    for block in ("stem", "1", "2", "3", "4", "5", "6", "head"):
+    for block in BLOCKS:
         entries = [e for e in value.entries if e.block == block]
         formats: dict[str, int] = {}
         for e in entries:
@@ -261,9 +266,10 @@ def block_rows(value: "Plan") -> list[dict[str, object]]:
 
 def budget_text(manifest: "Manifest", value: "Plan") -> str:
     """The table of :func:`block_rows` for people, and how good the plan is known to be."""
-    considered = dict.fromkeys(base_format(a.format) for e in value.entries for a in e.alternatives)
+    from fqdiff.quant.formats import FORMATS
+
     stored = {base_format(name) for e in value.entries for name in e.weights_by_format}
-    used = [*(f for f in considered if f in stored), *sorted(stored - considered.keys())]
+    used = [name for name in FORMATS if name in stored]
     cells = []
     for row in block_rows(value):
         formats, weights, size = row["formats"], row["weights"], row["bytes_planned"]

@@ -74,7 +74,7 @@ def diff(
     first: Annotated[str, typer.Argument(help="Plan: name, id or prefix.", metavar="A")],
     second: Annotated[str, typer.Argument(help="Plan to compare with it.", metavar="B")],
 ) -> None:
-    """Compare two plans of one model: which parameters change their format, and what that does to the size."""
+    """Compare two plans of one model: which parameters are stored in another way, and what that does to the size."""
     manifests = [session.store.resolve(ref, ("plan",)) for ref in (first, second)]
     a, b = (session.runner.load(m) for m in manifests)
     rows = diff_rows(a, b)
@@ -87,9 +87,10 @@ def diff(
 
 
 def diff_rows(a: "Plan", b: "Plan") -> list[dict[str, object]]:
-    """The parameters whose format or granularity differs. Raises LineageError for plans of different models.
+    """The parameters whose format, granularity, range or rounding differs. Raises LineageError for plans of different models.
 
-    Predictions are those of the plan that has them for both formats, so that both are in one unit; a's before b's.
+    Predictions are those of the plan that has them for both ways, so that both are in one unit; a's before b's. Where
+    roundings differ there are none: a plan predicts for its own.
     """
     others = {e.parameter: e for e in b.entries}
     if {e.parameter: e.shape for e in a.entries} != {e.parameter: e.shape for e in b.entries}:
@@ -97,11 +98,12 @@ def diff_rows(a: "Plan", b: "Plan") -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for one in a.entries:
         two = others[one.parameter]
-        ways = [(e.format, e.granularity) for e in (one, two)]
-        if ways[0] == ways[1]:
+        ways = [(e.format, e.granularity, e.range) for e in (one, two)]
+        if ways[0] == ways[1] and one.rounding == two.rounding:
             continue
-        known = [{(x.format, x.granularity): x.predicted for x in e.alternatives} for e in (one, two)]
-        prices = next((k for k in known if ways[0] in k and ways[1] in k), {})
+        known = [{(x.format, x.granularity, x.range): x.predicted for x in e.alternatives} for e in (one, two)]
+        able = (k for k in known if ways[0] in k and ways[1] in k and one.rounding == two.rounding)
+        prices = next(able, {})
         rows.append(
             {
                 "parameter": one.parameter,
@@ -111,12 +113,22 @@ def diff_rows(a: "Plan", b: "Plan") -> list[dict[str, object]]:
                 "b": two.format,
                 "granularity_a": one.granularity,
                 "granularity_b": two.granularity,
+                "range_a": one.range,
+                "range_b": two.range,
+                "rounding_a": one.rounding,
+                "rounding_b": two.rounding,
                 "bytes": two.bytes - one.bytes,
                 "predicted_a": prices.get(ways[0]),
                 "predicted_b": prices.get(ways[1]),
             }
         )
     return rows
+
+
+def stored_how(row: dict[str, object], side: str) -> str:
+    """Format and granularity of one side of a row, and of range and rounding what differs from the other side."""
+    differing = [key for key in ("range", "rounding") if row[f"{key}_a"] != row[f"{key}_b"]]
+    return " ".join(str(row[key]) for key in (side, *(f"{key}_{side}" for key in ("granularity", *differing))))
 
 
 def diff_text(manifests: "list[Manifest]", a: "Plan", b: "Plan", rows: list[dict[str, object]]) -> str:
@@ -126,8 +138,7 @@ def diff_text(manifests: "list[Manifest]", a: "Plan", b: "Plan", rows: list[dict
             str(r["parameter"]),
             str(r["block"]),
             f"{r['weights']:,}",
-            f"{r['a']} {r['granularity_a']}",
-            f"{r['b']} {r['granularity_b']}",
+            *(stored_how(r, side) for side in "ab"),
             f"{r['bytes']:+,}",
             _number(r["predicted_a"]),
             _number(r["predicted_b"]),

@@ -29,7 +29,7 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.methods import get_bundle
 from fqdiff.treatment.request import make_treatment
 
@@ -481,7 +481,10 @@ def quantize(
 
 
 def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[str, int]:
-    """What the stages that made a quantized model added to the ``promised`` bytes of its plan's file, by stage."""
+    """What the stages that made a quantized model added to the ``promised`` bytes of its plan's file, by stage.
+
+    Raises ArtifactCorrupt where nothing was to be added, and the file has another size all the same.
+    """
     sizes: dict[str, int] = {}
     made = manifest
     while made.input("model") is not None:
@@ -489,6 +492,11 @@ def added_bytes(session: Session, manifest: "Manifest", promised: int) -> dict[s
         sizes.setdefault(stage, made.file("model.safetensors").bytes)
         made = only_input(session, made, "model")
     sizes["quantize"] = made.file("model.safetensors").bytes
+    if sizes["quantize"] != promised and made.recipe.config.get("bias_correction") != "timestep":
+        raise ArtifactCorrupt(
+            f"quantized {made.id} takes {sizes['quantize']:,} bytes, and its plan promises {promised:,}",
+            "one of them was edited: make both again with --force",
+        )
     added, before = {}, promised
     for stage in ("quantize", "activations", CORRECTION):
         after = sizes.get(stage, before)

@@ -1,7 +1,7 @@
 """``fqdiff run``: the whole pipeline in one command."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -173,7 +173,7 @@ def row_data(session: Session, chain: "Chain", row: "ModelSteps", made: "Mapping
         "file_bytes": file_bytes,
         "samples": row.samples.id,
         "metrics": row.fid.id,
-        **vars(metrics),
+        **asdict(metrics),
     }
 
 
@@ -198,13 +198,16 @@ def run_text(data: dict[str, Any]) -> str:
         if r["difference"] is not None:
             low, high = r["interval"]
             change, error = f"{r['difference']:+.2f} [{low:+.2f}, {high:+.2f}]", f"{r['image_error']:.1e}"
-        numbers = [f"{r['bits_per_weight']:.2f}", f"{r['file_bytes']:,}", f"{r['fid']:.2f}", change, error]
+        own = next(m for m in r["measures"] if (m["metric"], m["of"]) == ("fid", "model1"))
+        fid = f"{r['fid']:.2f} ± {own['high'] - own['value']:.2f}"
+        numbers = [f"{r['bits_per_weight']:.2f}", f"{r['file_bytes']:,}", fid, change, error]
         cells.append([r["model"], *numbers, f"{r['confidence']:.3f}", r["metrics"]])
     moved = abs(floor["fid"] - first["fid"])
     return "\n".join(
         [
             table(header, cells),
-            f"FID: {first['n']} samples of seed {first['seed']} against as many held-out images; interval by paired bootstrap.",
+            f"FID: {first['n']} samples of seed {first['seed']} against as many held-out images. "
+            "±, [ ]: 95 %, by bootstrap; of differences, paired.",
             f"Last row: FP32 with seed {floor['seed']}. New noise alone moves FID by {moved:.2f}.",
             "Image error: mean squared pixel difference to FP32's image of the same noise, pixels in [-1, 1]: 0 is FP32 itself.",
             "A FID below FP32's is no gain: the images moved away from the model's, and by chance towards the reference.",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fqdiff.store.store import Store
 
 COMMON = "Common options"
+TOML_HINT = "a TOML file with one table per stage"
 Config = TypeVar("Config")
 
 StoreOption = Annotated[
@@ -139,7 +140,8 @@ class Session:
             check_name(self.name)  # before any work is done
         distributed.start(self.device)
         context = Context(device=self.device, progress=self.progress, soft_stop=self.soft_stop)
-        return Runner(self.store, context, self.note, " ".join(["fqdiff", *sys.argv[1:]]), self.force)
+        settings = read_settings(self.config_path) if self.config_path is not None else ""
+        return Runner(self.store, context, self.note, " ".join(["fqdiff", *sys.argv[1:]]), self.force, settings)
 
     def make(
         self, step: "Step", facts: Mapping[str, object] | None = None, lines: Sequence[str] = ()
@@ -194,7 +196,7 @@ class Session:
         """The TOML file, one table per stage; empty without one."""
         if self.config_path is None:
             return {}
-        data = read_toml(self.config_path, "a TOML file with one table per stage")
+        data = read_toml(self.config_path, TOML_HINT)
         for name, table in data.items():
             if name not in STAGE_TABLES or not isinstance(table, dict):
                 raise ConfigError(f"'{name}' in {self.config_path} is no stage", f"tables: {', '.join(STAGE_TABLES)}")
@@ -260,6 +262,17 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", hint) from None
+
+
+def read_settings(path: Path) -> str:
+    """The text of a TOML file, which manifests keep: a command that names it can be given again without it."""
+    from fqdiff.store.manifest import SETTINGS_LIMIT
+
+    read_toml(path, TOML_HINT)
+    content = path.read_text()
+    if len(content) > SETTINGS_LIMIT:
+        raise ConfigError(f"{path} has {len(content):,} characters", f"at most {SETTINGS_LIMIT:,} are read")
+    return content
 
 
 def checked_settings(kind: type[Any], given: Mapping[str, object], label: str, where: str) -> dict[str, object]:

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fqdiff.errors import ConfigError
+from fqdiff.groups import PLACES
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
     from fqdiff.store.store import Store
 
-
-BLOCKS = ("stem", "1", "2", "3", "4", "5", "6", "head")
+BLOCKS = PLACES
 
 
 def duration(seconds: float) -> str:
@@ -28,7 +28,10 @@ def mebibytes(count: int) -> str:
 
 
 def byte_count(option: str, text: str) -> int:
-    """``4GiB``, ``500MB`` or ``1000000`` as bytes. Raises ConfigError naming ``option``."""
+    """``4GiB``, ``500MB`` or ``1000000`` as bytes. Raises ConfigError naming ``option``.
+
+    So does a number without a unit that is less than a KiB: 100 is more likely meant to be another unit's.
+    """
     units = {"": 1, "B": 1} | {f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}
     units |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
     digits = text.rstrip("KMGTiB ")
@@ -39,6 +42,10 @@ def byte_count(option: str, text: str) -> int:
         size = -1.0
     if unit is None or not 0 <= size * unit < 2**63:
         raise ConfigError(f"cannot read {option} '{text}'", "a size such as 500MB, 4GiB or 1000000")
+    if 0 < size < 1024 and text.strip() == digits.strip():
+        raise ConfigError(
+            f"{option} {text} would be {digits.strip()} bytes", "give it a unit, such as MiB or GB, or B for bytes"
+        )
     return int(size * unit)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from fqdiff.quant.activations import Activation
     from fqdiff.quant.container import Description
     from fqdiff.quant.noise_correction import NoiseCorrection
-    from fqdiff.store.manifest import Manifest
     from fqdiff.values import Model
 
 Row = dict[str, str | int | float]
@@ -32,26 +32,37 @@ def size(
     ref: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint or quantized model: name, id or prefix.", show_default="the latest", metavar="REF"
+            help="Checkpoint or quantized model: name, id or prefix; or a path, of a file or an artifact's folder.",
+            show_default="the latest",
+            metavar="REF",
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="Tensor by tensor instead of block by block.")] = False,
 ) -> None:
     """Show where the bytes of a model file are, to the last one."""
     from fqdiff.models.registry import build, parameter_blocks
+    from fqdiff.store.codecs import read_model
+    from fqdiff.store.loading import FILE, HINT, file_at, is_path
 
-    manifest = session.resolve(ref, ("quantized", "checkpoint"))
-    model: Model = session.runner.load(manifest)
+    model: Model
+    if ref is not None and is_path(ref):
+        file = file_at(Path(ref))
+        model, about, title = read_model(file, HINT), {}, str(file)
+    else:
+        manifest = session.resolve(ref, ("quantized", "checkpoint"))
+        model, about = session.runner.load(manifest), artifact_data(session.store, manifest)
+        file = session.store.directory(manifest.kind, manifest.id) / FILE
+        title = f"{manifest.kind} {manifest.id}"
     blocks = parameter_blocks(build(model.spec.architecture, "meta"))
     by_tensor = tensor_rows(model.described, blocks, getattr(model, "timestep_bias", {}))
     by_tensor += activation_rows(getattr(model, "activations", {}))
     by_tensor += correction_rows(getattr(model, "noise_correction", None))
-    file_bytes = manifest.file("model.safetensors").bytes
+    file_bytes = file.stat().st_size
     whole = total({"block": "file"}, by_tensor)
     kinds = {kind: int(whole[kind]) for kind in payload_kinds()} | {"header": file_bytes - int(whole["bytes"])}
     data = {
-        **artifact_data(session.store, manifest),
-        "file": str(session.store.directory(manifest.kind, manifest.id) / "model.safetensors"),
+        **about,
+        "file": str(file),
         "file_bytes": file_bytes,
         "weights": whole["weights"],
         "bits_per_weight": 8 * file_bytes / int(whole["weights"]),
@@ -60,7 +71,7 @@ def size(
         "tensors": by_tensor,
     }
     rows = by_tensor if tensors else block_rows(by_tensor)
-    session.result(data, lambda: size_text(manifest, rows, whole, file_bytes))
+    session.result(data, lambda: size_text(title, rows, whole, file_bytes))
 
 
 def payload_kinds() -> list[str]:
@@ -129,8 +140,8 @@ def total(label: Row, rows: list[Row]) -> Row:
     return label | sums | {"bits_per_weight": 8 * sums["bytes"] / sums["weights"]}
 
 
-def size_text(manifest: "Manifest", rows: list[Row], whole: Row, file_bytes: int) -> str:
-    """The table for people: rows, header, and the whole file."""
+def size_text(name: str, rows: list[Row], whole: Row, file_bytes: int) -> str:
+    """The table for people: what the model is called, rows, header, and the whole file."""
     words = [key for key in ("tensor", "block", "format", "granularity") if key in rows[0]]
     kinds = [kind for kind in payload_kinds() if kind not in RARE or whole[kind]]
     numbers = ["weights", *kinds, "bytes"]
@@ -144,5 +155,5 @@ def size_text(manifest: "Manifest", rows: list[Row], whole: Row, file_bytes: int
     cells = [line(row, float(row["bits_per_weight"])) for row in rows]
     cells.append(["header", *blank, f"{header:,}", f"{8 * header / weights:.3f}"])
     cells.append(["file", *line({**whole, "bytes": file_bytes}, 8 * file_bytes / weights)[1:]])
-    title = f"{manifest.kind} {manifest.id}: {mebibytes(file_bytes)}, {8 * file_bytes / weights:.3f} bits per weight"
+    title = f"{name}: {mebibytes(file_bytes)}, {8 * file_bytes / weights:.3f} bits per weight"
     return "\n".join([title, table([n.replace("_", " ") for n in (*words, *numbers, "bits/weight")], cells)])

@@ -14,7 +14,7 @@ import typer
 from fqdiff.cli.fid import InceptionOption
 from fqdiff.cli.output import copy_out
 from fqdiff.cli.run import slug
-from fqdiff.cli.session import STORE_OPTIONS, Session, common
+from fqdiff.cli.session import STORE_OPTIONS, Session, common, read_settings
 from fqdiff.cli.show import duration, table
 from fqdiff.cli.sweep_file import PRETRAINED, SweepFile, make_cells, read_sweep
 from fqdiff.errors import ConfigError
@@ -57,6 +57,7 @@ def sweep(
         problem = f"{output} exists" if output.exists() else f"there is no folder {output.parent}"
         raise ConfigError(problem, "choose another --output")
     settings = read_sweep(file)
+    session.runner.settings = read_settings(file)
     cells = make_cells(session, settings, inception_weights)
     if session.dry_run:
         show_cells(session, cells)
@@ -106,7 +107,8 @@ def run_apart(
     from fqdiff.sweep.processes import Died, run_in_processes
 
     threads = max(1, torch.get_num_threads() // jobs)
-    arguments = (session.store_path, session.device_name, pinned(file, cells[0]), inception_weights, threads)
+    pinned_file, written = pinned(file, cells[0]), session.runner.settings
+    arguments = (session.store_path, session.device_name, pinned_file, written, inception_weights, threads)
     numbers = [cell.number for cell in cells]
     with session.progress(len(cells), "sweep", "cell") as bar:
         for number, result in run_in_processes(numbers, jobs, work, arguments):
@@ -131,9 +133,18 @@ def pinned(file: SweepFile, cell: "Cell") -> SweepFile:
 
 
 def work(
-    connection: "Connection", store: Path, device: str, file: SweepFile, inception_weights: Path | None, threads: int
+    connection: "Connection",
+    store: Path,
+    device: str,
+    file: SweepFile,
+    written: str,
+    inception_weights: Path | None,
+    threads: int,
 ) -> None:
-    """A process's life: numbers of cells come in, rows go out. SIGTERM stops it as Ctrl-C would, with everything saved."""
+    """A process's life: numbers of cells come in, rows go out. SIGTERM stops it as Ctrl-C would, with everything saved.
+
+    ``written``: the text of the file.
+    """
     import torch
 
     from fqdiff.sweep.cells import run_cell
@@ -143,6 +154,7 @@ def work(
     signal.signal(signal.SIGTERM, session.interrupt)
     torch.set_num_threads(threads)
     try:
+        session.runner.settings = written
         cells = make_cells(session, file, inception_weights)
         failed: dict[str, FqdiffError] = {}
         while (number := connection.recv()) is not None:

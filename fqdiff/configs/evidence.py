@@ -64,8 +64,8 @@ class FidConfig:
     resamples: int = 200
 
     def __post_init__(self) -> None:
-        require(self.count >= 0 and self.count != 1, f"count is {self.count}", "use 2 or more, or 0 for all")
-        require(self.resamples >= 2, f"resamples is {self.resamples}", "an interval needs 2 or more, e.g. 200")
+        require(self.count == 0 or self.count >= 10, f"count is {self.count}", "use 10 or more, or 0 for all")
+        require(self.resamples >= 20, f"resamples is {self.resamples}", "a standard error needs 20 or more, e.g. 200")
 
 
 @dataclass(frozen=True)

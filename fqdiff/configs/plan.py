@@ -12,6 +12,7 @@ from fqdiff.groups import parse_groups
 SCALES = ("float32", "float16")
 ELEMENT = "element"
 OUTPUT = "output"
+WHOLE_RUN = "run"
 GROUPS = re.compile(r"group(-near)?:[1-9][0-9]{0,8}")
 TARGETS = ("target_bpw", "target_bytes", "max_loss_increase")
 STRATEGIES = ("uniform", "threshold", "groups", "ratio", "mean-std", "budget")
@@ -39,8 +40,9 @@ class PlanConfig:
     ``symmetric``: integers without zero points; ``ranges``: what the codes of integers span, of a budget several, empty for the
     default; ``rounding``: how codes are chosen.
 
-    Rules put a tensor into ``low`` below its threshold, else into ``high``, or into one of the formats of ``ladder``, widest
-    first. A ladder's next thresholds are ``ladder_step`` times smaller each, or ``lower_thresholds``, for ``threshold`` alone.
+    Rules read Fisher values ``at`` a timestep, their "mean" over all, or those of a sampler's whole "run". They put a tensor
+    into ``low`` below its threshold, else into ``high``, or into one of the formats of ``ladder``, widest first. A ladder's next
+    thresholds are ``ladder_step`` times smaller each, or ``lower_thresholds``, for ``threshold`` alone.
 
     ``budget`` reads one of ``target_bpw``, ``target_bytes`` and ``max_loss_increase`` (negative: none); ``score`` says what is
     kept small, ``formats`` what there is to choose from, empty for the default, and ``ends`` the format of stem and head, empty
@@ -100,9 +102,9 @@ class PlanConfig:
         require(all(t >= 0 for t in self.thresholds), f"thresholds {self.thresholds}", "Fisher values are 0 or more")
         require(self.mean_std >= 0, f"mean_std is {self.mean_std}", "use 0 or more, e.g. 0.5")
         require(
-            self.at == "mean" or (self.at.isascii() and self.at.isdigit()),
+            self.at in ("mean", WHOLE_RUN) or (self.at.isascii() and self.at.isdigit()),
             f"cannot read the Fisher table at '{self.at}'",
-            "a timestep such as 1, or 'mean'",
+            "a timestep such as 1, 'mean', or 'run' of a trajectory table",
         )
         for granularity in self.granularity.split(","):
             require(
@@ -157,11 +159,6 @@ class PlanConfig:
             "element keeps some elements in another: use --threshold, --groups, --ratio, --mean-std or a budget",
         )
         require(self.rounding != "squant", "squant counts the errors of kept elements, which have none", "use nearest")
-        require(
-            len(self.formats_by_rank) == 2,
-            f"elements of {len(self.formats_by_rank)} formats in one tensor",
-            "a ladder of two, or leave element out",
-        )
 
     def _check_outputs(self) -> None:
         if not self.by_output:
@@ -186,16 +183,11 @@ class PlanConfig:
         require(
             set(self.scale_granularities) != {"tensor"}, "output channels in two formats with one scale", "add channel"
         )
-        require(
-            len(self.formats_by_rank) == 2,
-            f"output channels of {len(self.formats_by_rank)} formats in one tensor",
-            "a ladder of two, or leave output out",
-        )
 
     def _check_ladder(self) -> None:
         if not self.ladder:
-            for name in ("ladder_step", "lower_thresholds"):
-                require(getattr(self, name) == getattr(PlanConfig, name), f"{name} without a ladder", "add --ladder")
+            for name, words in (("ladder_step", "--ladder-step"), ("lower_thresholds", "a --threshold of several")):
+                require(getattr(self, name) == getattr(PlanConfig, name), f"{words} without a ladder", "add --ladder")
             return
         require(self.strategy != "uniform", "strategy 'uniform' has no use for ladder", "leave it out")
         require(
@@ -212,14 +204,14 @@ class PlanConfig:
         if not self.lower_thresholds:
             require(
                 len(self.ladder) > 2 or self.ladder_step == PlanConfig.ladder_step,
-                "ladder_step says nothing about a ladder of two",
+                "--ladder-step says nothing about a ladder of two",
                 "leave it out",
             )
             return
         given = (self.threshold, *self.lower_thresholds)
         require(
             self.strategy == "threshold",
-            f"strategy '{self.strategy}' has no use for lower_thresholds",
+            f"strategy '{self.strategy}' has no use for several thresholds",
             "its next thresholds go by --ladder-step",
         )
         require(
@@ -233,7 +225,7 @@ class PlanConfig:
             "each smaller than the one before",
         )
         require(
-            self.ladder_step == PlanConfig.ladder_step, "ladder_step beside all thresholds", "leave one of them out"
+            self.ladder_step == PlanConfig.ladder_step, "--ladder-step beside all thresholds", "leave one of them out"
         )
 
     def _check_budget(self) -> None:
@@ -248,7 +240,11 @@ class PlanConfig:
         if self.strategy != "budget":
             return
         given = [name for name in TARGETS if getattr(self, name) != getattr(PlanConfig, name)]
-        require(len(given) == 1, f"{len(given)} targets for one plan", f"give one of {', '.join(TARGETS)}")
+        require(
+            len(given) == 1,
+            f"{len(given)} targets for one plan",
+            "give one of --target-bpw, --target-size, --max-loss-increase",
+        )
         require(0 <= self.target_bpw <= 64, f"target_bpw is {self.target_bpw}", "bits per weight, e.g. 3.5")
         require(0 <= self.target_bytes < 2**62, f"target_bytes is {self.target_bytes}", "the size of a file")
         require(
@@ -264,19 +260,24 @@ class PlanConfig:
         )
         require(
             TIMESTEP_WEIGHTS.fullmatch(self.timestep_weights) is not None,
-            f"unknown timestep_weights '{self.timestep_weights}'",
+            f"unknown timestep weights '{self.timestep_weights}'",
             "one of: uniform, snr, sampler, sampler:ddimN such as sampler:ddim20, gain, or at:T such as at:1",
         )
         require(
             self.timestep_weights == "uniform" or self.score not in ("trajectory", "weight-mse"),
             f"score '{self.score}' has no timesteps to weight",
-            "leave timestep_weights out",
+            "leave --timestep-weights out",
         )
-        require(len(set(self.formats)) == len(self.formats), f"formats {','.join(self.formats)} name one twice")
         require(
-            self.ends_format in ("", *(self.formats or (*INTEGERS, *FITTED))),
-            f"ends in {self.ends_format}, formats {','.join(self.formats)}",
-            "let formats name it too",
+            len(set(self.formats)) == len(self.formats),
+            f"formats {','.join(self.formats)} name one twice",
+            "name each once, e.g. --formats float16,int8,int4",
+        )
+        offered = self.formats or (*INTEGERS, *FITTED)
+        require(
+            self.ends_format in ("", *offered),
+            f"ends in {self.ends_format}, which is none of the formats {','.join(offered)}",
+            "let --formats name it too, or --ends one of them",
         )
         require(
             self.predictor in PREDICTORS, f"unknown predictor '{self.predictor}'", f"one of: {', '.join(PREDICTORS)}"
@@ -287,7 +288,8 @@ class PlanConfig:
             require(1 <= getattr(self, name) <= 10_000, f"{name} is {getattr(self, name)}", "use 1 or more")
         if not self.is_calibrated:
             unused = [name for name in calibration if getattr(self, name) != getattr(PlanConfig, name)]
-            require(not unused, f"nothing looks at {', '.join(unused)}", "add --predictor gram or --refine 5")
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            require(not unused, f"nothing looks at {flags}", "add --predictor gram or --refine 5")
         if not self.is_measured:
             return
         require(
@@ -298,7 +300,7 @@ class PlanConfig:
         require(
             self.score in ("fisher", "trajectory", *RIVALS),
             f"the rise that '{self.score}' predicts cannot be measured",
-            "use --score fisher or trajectory, or leave predictor and refine out",
+            "use --score fisher or trajectory, or leave --predictor and --refine out",
         )
         require(
             "max_loss_increase" not in given,
@@ -308,18 +310,18 @@ class PlanConfig:
         require(
             self.score != "trajectory" or self.calibration_timesteps == PlanConfig.calibration_timesteps,
             "a sampler run takes the steps of its Fisher table",
-            "leave calibration_timesteps out; calibration_samples counts the runs",
+            "leave --calibration-timesteps out; --calibration-samples counts the runs",
         )
 
     def _check_phases(self, targets: list[str]) -> None:
         require(1 <= self.phases <= 4, f"phases is {self.phases}", "use 1 (none) to 4")
         require(0 <= self.traffic_bpw <= 64, f"traffic_bpw is {self.traffic_bpw}", "bits per weight, e.g. 2.5")
         if self.phases == 1:
-            require(self.traffic_bpw == 0, "traffic_bpw without phases", "add --phases 4, or give a smaller target")
+            require(self.traffic_bpw == 0, "--traffic-bpw without phases", "add --phases 4, or give a smaller target")
             return
         require(
             self.score == "fisher" and not self.timestep_weights.startswith("at:"),
-            f"score '{self.score}' with timestep_weights '{self.timestep_weights}' does not tell phases apart",
+            f"score '{self.score}' with timestep weights '{self.timestep_weights}' does not tell phases apart",
             "use --score fisher, with weights of all timesteps",
         )
         require(

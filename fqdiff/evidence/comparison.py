@@ -18,10 +18,12 @@ from fqdiff.evidence.paired import feature_distance, image_mse, psnr, ssim
 from fqdiff.evidence.resampling import mean_draws
 
 BASELINE, FLOOR = "baseline", "floor"
+MODEL = "model1"  # the only one, where there is only one
+NETWORK = ("noise_error", "divergence")  # of the models themselves, measured in sensitivity.curves
 PAIRED = ("image_mse", "psnr", "ssim", "feature_distance")
 MANIFOLD = ("precision", "recall", "density", "coverage")
 DISTRIBUTION = ("fid", "kid", *MANIFOLD, "inception_score")
-LOWER_IS_BETTER = ("image_mse", "feature_distance", "fid", "kid")
+LOWER_IS_BETTER = (*NETWORK, "image_mse", "feature_distance", "fid", "kid")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Difference:
     """One metric ``of`` one role minus that of ``against``, its interval, and whether it is chance.
 
     ``p``: two-sided; ``adjusted_p``: after Holm's correction over all pairs of the metric. ``verdict``: one of VERDICTS, on
-    ``of``. ``images_needed``: with how many images a difference of this size would be told; None for no number.
+    ``of``. ``images_needed``: with how many images a difference of this size would be told (of NETWORK metrics: with how many
+    inputs at each timestep, or runs of the sampler); None for no number.
     """
 
     metric: str
@@ -154,7 +157,12 @@ def compared(metric: str, models: int) -> list[tuple[str, str]]:
     Against the baseline a paired metric has no difference: it is one.
     """
     against_baseline = [] if metric in PAIRED else [(role, BASELINE) for role in model_roles(models)]
-    return against_baseline + [(of, against) for against, of in combinations(model_roles(models), 2)]
+    return against_baseline + model_pairs(model_roles(models))
+
+
+def model_pairs(roles: Sequence[str]) -> list[tuple[str, str]]:
+    """Each later one of ``roles`` against each earlier one."""
+    return [(of, against) for against, of in combinations(roles, 2)]
 
 
 def differences(
@@ -170,14 +178,24 @@ def differences(
     for metric in _in_order(results):
         by_role = results[metric]
         pairs = compared(metric, models)
-        ps = [p_value(*_difference(by_role, *pair)) for pair in pairs]
-        adjusted = holm(ps)
+        adjusted = _adjusted(by_role, pairs)
         if FLOOR in by_role and metric not in PAIRED:
-            pairs.append((FLOOR, BASELINE))
-            ps.append(p_value(*_difference(by_role, FLOOR, BASELINE)))
-            adjusted.append(ps[-1])
-        for pair, p, corrected in zip(pairs, ps, adjusted, strict=True):
-            rows.append(_row(metric, by_role, pair, p, corrected, own, images, level))
+            adjusted[FLOOR, BASELINE] = p_value(*_difference(by_role, FLOOR, BASELINE))
+        beyond = {role for role in own if _beyond(metric, by_role, role, adjusted.get((role, BASELINE), 1.0), level)}
+        rows += [_row(metric, by_role, pair, p, beyond, images, level) for pair, p in adjusted.items()]
+    return tuple(rows)
+
+
+def network_differences(results: Results, samples: Mapping[str, int], level: float) -> tuple[Difference, ...]:
+    """One row for each NETWORK metric and pair of models that have it, corrected by Holm's rule over these pairs.
+
+    ``samples``: by metric, what was resampled: inputs at each timestep, or runs.
+    """
+    rows: list[Difference] = []
+    for metric in (m for m in NETWORK if m in results):
+        by_role = results[metric]
+        adjusted = _adjusted(by_role, model_pairs([*by_role]))
+        rows += [_row(metric, by_role, pair, p, set(), samples[metric], level) for pair, p in adjusted.items()]
     return tuple(rows)
 
 
@@ -190,22 +208,38 @@ def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tupl
     return a.value - b.value, float((a.draws - b.draws).std())
 
 
+def _adjusted(by_role: Mapping[str, Resampled], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """The p-value of each pair after Holm's correction over all of them."""
+    return dict(zip(pairs, holm([p_value(*_difference(by_role, *pair)) for pair in pairs]), strict=True))
+
+
+def _beyond(metric: str, by_role: Mapping[str, Resampled], role: str, adjusted: float, level: float) -> bool:
+    """Whether ``role`` has a better value than the baseline, and by more than chance; ``adjusted``: the p-value of that pair.
+
+    A point estimate is not enough: a model that cannot be told from its full precision has moved nowhere. A paired metric has no
+    value of the baseline to be beyond.
+    """
+    if metric in PAIRED or role not in by_role or adjusted > 1 - level:
+        return False
+    return _gain(metric, by_role[role].value - by_role[BASELINE].value) > 0
+
+
+def _gain(metric: str, difference: float) -> float:
+    """``difference``, positive where it is good."""
+    return -difference if metric in LOWER_IS_BETTER else difference
+
+
 def _row(
     metric: str,
     by_role: Mapping[str, Resampled],
     pair: tuple[str, str],
-    p: float,
     adjusted: float,
-    own: Set[str],
-    images: int,
+    beyond: Set[str],
+    samples: int,
     level: float,
 ) -> Difference:
     d, error = _difference(by_role, *pair)
-    half = half_width(error, level)
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    ahead = pair[0] if sign * d > 0 else pair[1]
-    # A paired metric has no value of the baseline to be beyond.
-    beyond = metric not in PAIRED and ahead in own and sign * (by_role[ahead].value - by_role[BASELINE].value) > 0
-    word = verdict(sign * d, adjusted, level, beyond)
-    needed = images_needed(d, error, images, level)
-    return Difference(metric, *pair, d, error, d - half, d + half, p, adjusted, word, needed)
+    half, gain = half_width(error, level), _gain(metric, d)
+    word = verdict(gain, adjusted, level, pair[0 if gain > 0 else 1] in beyond)
+    needed = images_needed(d, error, samples, level)
+    return Difference(metric, *pair, d, error, d - half, d + half, p_value(d, error), adjusted, word, needed)

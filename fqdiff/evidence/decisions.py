@@ -57,8 +57,8 @@ def images_needed(difference: float, standard_error: float, images: int, level: 
 def verdict(gain: float, p: float, level: float, beyond: bool) -> str:
     """What may be said of a model against another. ``gain``: the difference, positive where it is good; ``p`` adjusted.
 
-    ``beyond``: whether the one with the better value was quantized from a model whose value is less good. That is no merit: it
-    moved away from what it is to reproduce, and by chance towards the reference.
+    ``beyond``: whether the one with the better value was quantized from a model whose value is less good, by more than chance.
+    That is no merit: it moved away from what it is to reproduce, and by chance towards the reference.
     """
     if p > 1 - level:
         return "not distinguishable"

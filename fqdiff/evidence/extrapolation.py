@@ -12,6 +12,11 @@ from fqdiff.evidence.frechet import feature_statistics, frechet_distance
 SMALLEST = 0.2  # share of all images in the smallest subset
 
 
+def enough_images(features: Tensor) -> bool:
+    """Whether the smallest subset of ``features`` [N, D] has more images than features: no covariance is singular."""
+    return int(SMALLEST * len(features)) > features.shape[1]
+
+
 def frechet_infinity(reference: Tensor, features: Tensor, generator: torch.Generator, sizes: int = 15) -> float:
     """FID_infinity of ``features`` [N, D] against the Gaussian of ``reference`` [M, D]: section 3 of the paper.
 
@@ -20,7 +25,7 @@ def frechet_infinity(reference: Tensor, features: Tensor, generator: torch.Gener
     for all models. Can be below 0 by chance. Raises DataError where the smallest subset has no more images than features.
     """
     smallest = int(SMALLEST * len(features))
-    if smallest <= features.shape[1]:
+    if not enough_images(features):
         raise DataError(
             f"a subset of {smallest} of {len(features)} images is no more than {features.shape[1]} features",
             "extrapolation needs more than five times as many images as features",

@@ -14,6 +14,17 @@ MARGIN = 64.0  # bytes by which the digits of the header's offsets may differ be
 ROUNDS = 20
 
 
+class TargetTooSmall(ConfigError):
+    """Nothing fits ``target`` bytes; ``smallest`` is the size of the smallest file. ``beyond``: what would be smaller still."""
+
+    def __init__(self, target: int, smallest: int, beyond: str = "") -> None:
+        super().__init__(
+            f"no plan fits {target:,} bytes",
+            f"the smallest file with these formats has {smallest:,} bytes: --target-size {smallest}{beyond}",
+        )
+        self.target, self.smallest = target, smallest
+
+
 @dataclass(frozen=True)
 class Choice:
     """A position in every parameter's options. ``lower_bound``: no plan that fits is predicted less (or, of a limit on the
@@ -29,13 +40,13 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     """The choice of least value whose file takes at most ``target`` bytes, header included; ``values``: other than its own.
 
     The header's length depends on all choices together: the optima around the budget, with the header as it was in the last
-    round, are tried with the true size, best first. Then no single better option still fits. Raises ConfigError, naming the
-    smallest size, where nothing fits.
+    round, are tried with the true size, best first. Then no single better option still fits. Raises TargetTooSmall,
+    naming the smallest size, where nothing fits.
     """
     values, costs = market.values if values is None else values, market.costs
     cheapest = tuple(int(j) for j in costs.argmin(axis=1))
     if target < (smallest := market.size(cheapest)):
-        raise too_small(target, smallest)
+        raise TargetTooSmall(target, smallest)
     wide = keep_everything(market, values)
     if market.size(wide) <= target:
         return Choice(wide, 0.0, "none")
@@ -135,7 +146,7 @@ def widest_uniform(
         tried.append((positions, market.size(positions), total(market.values, positions)))
     fitting = [t for t in tried if t[1] <= target and t[2] <= rise]
     if not fitting and min(size for _, size, _ in tried) > target:
-        raise too_small(target, min(size for _, size, _ in tried))
+        raise TargetTooSmall(target, min(size for _, size, _ in tried))
     if not fitting:
         raise ConfigError(
             f"no single width has a predicted rise of {rise:g} or less", f"the least is {min(t[2] for t in tried):g}"
@@ -145,11 +156,3 @@ def widest_uniform(
     first = chosen is (tried[-1] if limited else tried[0])
     constraint = "none" if first else "max-loss-increase" if limited else "budget"
     return Choice(chosen[0], float(chosen[1]) if limited else chosen[2], constraint)
-
-
-def too_small(target: int, smallest: int) -> ConfigError:
-    """The error of a target that nothing fits."""
-    return ConfigError(
-        f"no plan fits {target:,} bytes",
-        f"the smallest file with these formats has {smallest:,} bytes: --target-size {smallest}",
-    )

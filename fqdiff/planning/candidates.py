@@ -15,7 +15,7 @@ from torch import Tensor
 from fqdiff.context import Context
 from fqdiff.errors import QuantizationError
 from fqdiff.planning.knapsack import Array, lower_hull
-from fqdiff.quant.container import DTYPE_NAMES, Description, file_bytes, metadata, stored_tensors
+from fqdiff.quant.container import DTYPE_NAMES, Description, metadata, model_bytes, stored_tensors
 from fqdiff.quant.elements import BY_RISE, choose_kept
 from fqdiff.quant.formats import Format, Granularity, PerElement, PerGroup, PerOutput, PerTensor, get_format
 from fqdiff.quant.granularity import granularities
@@ -213,7 +213,7 @@ class Market:
     def size(self, choice: Iterable[int]) -> int:
         """Size of the whole file, to the byte."""
         described = {name: option.description for name, option in self.chosen(choice).items()}
-        return file_bytes(stored_tensors(described), metadata(self.model, described))
+        return model_bytes(self.model, described)
 
     def worthwhile(self) -> "Market":
         """The same with only those options that a linear relaxation would ever take: the lower hull of (bytes, value)."""

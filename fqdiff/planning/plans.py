@@ -21,18 +21,21 @@ from fqdiff.planning.candidates import (
     Ways,
     best_ranges,
     every_option,
+    tensor_ways,
 )
 from fqdiff.planning.knapsack import total
 from fqdiff.planning.outputs import with_outputs
 from fqdiff.planning.quadratic import separate
 from fqdiff.planning.refine import Found, refine, solve
 from fqdiff.quant.formats import get_format, without_zero_point
+from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
 from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.sensitivity.plans import ENDS
 from fqdiff.values import Alternative, Budget, Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
 
 UNLIMITED = 2**62
+ONE_BIT = "codebook1"  # chosen only where it is named
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,61 @@ def make_offer(
             importance = measured
         options = any_options(checkpoint.tensors, axes, offered, config.by_output, importance, weights, context)
     market = Market(model_description(checkpoint.spec), options)
-    ends = {name: config.ends_format for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS}
-    if config.ends_format:
-        market = market.restricted(ends)
+    ends = fixed_ends(config, blocks, shapes)
+    market = market.restricted(ends)
     fisher = {name: 2 * float(values.mean()) for name, values in measured.items()}
     if config.predictor == "gram":
         market = market.worthwhile()
-    return Offer(market, blocks, fisher, ends if config.ends_format else {}, weights, timesteps)
+    return Offer(market, blocks, fisher, ends, weights, timesteps)
+
+
+def fixed_ends(config: PlanConfig, blocks: Mapping[str, str], shapes: scores.Shapes) -> dict[str, str]:
+    """The format of each weight tensor of stem and head, where the settings fix it."""
+    ends = [name for name, shape in shapes.items() if len(shape) >= 2 and blocks[name] in ENDS]
+    return dict.fromkeys(ends, config.ends_format) if config.ends_format else {}
+
+
+def smallest_bytes(checkpoint: Checkpoint, config: PlanConfig, single_weights: bool) -> int:
+    """Size of the smallest file that the settings offer, known from shapes alone: what overflows is not looked for."""
+    network = build(checkpoint.spec.architecture, "meta")
+    axes, offered = output_axes(network), ways(config, single_weights, split_weights(network))
+    options = {
+        name: tuple(
+            Option(description, MIN_MAX, config.rounding, stored_bytes(*description), 0.0)
+            for description in dict.fromkeys(way for way, _ in tensor_ways(name, tensor, axes[name], offered))
+        )
+        for name, tensor in checkpoint.tensors.items()
+    }
+    blocks, shapes = parameter_blocks(network), {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
+    ends = fixed_ends(config, blocks, shapes)
+    market = Market(model_description(checkpoint.spec), options).restricted(ends)
+    try:
+        choose(Offer(market, blocks, {}, ends, {}), config, 0)
+    except budget.TargetTooSmall as error:
+        return error.smallest
+    raise AssertionError("a file of no bytes")
+
+
+def beyond(checkpoint: Checkpoint, config: PlanConfig, single_weights: bool, smallest: int) -> str:
+    """What would reach below ``smallest`` bytes, and how far: one-bit codes, or formats that are fitted to single weights."""
+    found = ""
+    formats = offered_formats(config, single_weights)
+    if ONE_BIT not in formats:
+        wider = (*formats, ONE_BIT)
+        size = smallest_bytes(checkpoint, replace(config, formats=wider), single_weights)
+        found += f"; with --formats {','.join(wider)} {size:,}" if size < smallest else ""
+    if not single_weights:
+        size = smallest_bytes(checkpoint, config, True)
+        found += f"; with fqdiff fisher --granularity weight {size:,}" if size < smallest else ""
+    return found
+
+
+def check_target(checkpoint: Checkpoint, config: PlanConfig, single_weights: bool) -> None:
+    """Raise TargetTooSmall where the smallest file is larger than the target: before anything is quantized to find out."""
+    target = target_bytes(config, sum(t.numel() for t in checkpoint.tensors.values()))
+    if target is None or target >= (smallest := smallest_bytes(checkpoint, config, single_weights)):
+        return
+    raise budget.TargetTooSmall(target, smallest, beyond(checkpoint, config, single_weights, smallest))
 
 
 def any_options(
@@ -148,13 +199,18 @@ def rival_options(
     return {name: best_ranges(options) for name, options in rivals.VALUED[score](bench, every).items()}
 
 
+def offered_formats(config: PlanConfig, single_weights: bool) -> tuple[str, ...]:
+    """The formats there are to choose from, as settings name them."""
+    return config.formats or ((*INTEGERS, *FITTED) if single_weights else INTEGERS)
+
+
 def ways(config: PlanConfig, single_weights: bool, boundaries: Mapping[str, int]) -> Ways:
     """What the settings offer. Unless named, fitted formats and ranges only where single weights' Fisher values are known.
 
     Fitted to nothing but the weights, they predict less rise and cause more: what they cut off is cut off in one direction.
     ``boundaries``: see :func:`fqdiff.quant.granularity.granularities`.
     """
-    named = config.formats or ((*INTEGERS, *FITTED) if single_weights else INTEGERS)
+    named = offered_formats(config, single_weights)
     ranges = config.ranges or ((MIN_MAX, FISHER) if single_weights else (MIN_MAX,))
     formats = tuple(without_zero_point(get_format(f)).name if config.symmetric else f for f in named)
     return Ways(

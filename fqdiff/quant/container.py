@@ -82,6 +82,11 @@ def metadata(
     return {METADATA_KEY: json.dumps(content, sort_keys=True, separators=(",", ":"))}
 
 
+def model_bytes(model: Mapping[str, Any], parameters: Mapping[str, Description]) -> int:
+    """Size of the file of ``model`` with its ``parameters`` stored as described, header included, to the byte."""
+    return file_bytes(stored_tensors(parameters), metadata(model, parameters))
+
+
 def file_bytes(tensors: Mapping[str, Stored], meta: Mapping[str, str]) -> int:
     """Size of the safetensors file that holds ``tensors`` and ``meta``, header included, to the byte."""
     order = list(DTYPE_NAMES)

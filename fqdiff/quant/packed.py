@@ -144,6 +144,7 @@ def pack_tensor(
         ]
         return join_outputs(both[0], both[1], kept, PackedTensor(fmt, granularity, shape, {}))
     if fmt.is_cast:
+        check_finite(x)  # so that what is not finite afterwards has overflowed
         data = x.to(fmt.dtype, copy=True)  # never the caller's own memory: the packed model stands alone
         if not torch.isfinite(data).all():
             raise QuantizationError(

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from fqdiff.evidence.decisions import half_width
 from fqdiff.report.data import Report
 from fqdiff.report.html import chart, sortable_table, text
-from fqdiff.report.svg import inline_svg
+from fqdiff.report.svg import inline_svg, themed
 from fqdiff.report.tables import decile_tables
 from fqdiff.values import Curve
-from fqdiff.viz.error_curves import limits, one_panel
+from fqdiff.viz.error_curves import curve_style, limits, noise_title, one_panel, run_title
 
+BORDERS = {"-": "solid", "--": "dashed", "-.": "double", ":": "dotted"}  # CSS has no line of dashes and dots
 NOISE_NOTE = (
     "The same noised held-out images for all models, half the squared difference of the noise that they predict, summed over "
     "pixels. Bands: intervals."
@@ -24,14 +25,37 @@ def curve_section(report: Report) -> str:
     parts = []
     if value.noise_error:
         label = "Noise error of each model over timesteps; by deciles in the table"
-        parts += [_chart(report, value.noise_error, "errors", "t = ", label), _note(NOISE_NOTE)]
+        chart_of = _chart(report, value.noise_error, "errors", "t = ", label)
+        parts += [
+            f"<h3>{text(noise_title(value))}</h3>",
+            _legend(report, value.noise_error),
+            chart_of,
+            _note(NOISE_NOTE),
+        ]
     if value.divergence:
         label = f"Divergence of each model's runs over steps of {value.sampler}; by deciles in the table"
-        parts += [_chart(report, value.divergence, "runs", "step ", label), _note(RUN_NOTE)]
+        chart_of = _chart(report, value.divergence, "runs", "step ", label)
+        parts += [
+            f"<h3>Sampler: {text(run_title(value))}</h3>",
+            _legend(report, value.divergence),
+            chart_of,
+            _note(RUN_NOTE),
+        ]
     for table in decile_tables(report):
         summary = f"<summary>{text(table.title)}</summary>"
         parts.append(f'<details class="printed">{summary}{sortable_table(table)}</details>')
     return "\n".join(parts)
+
+
+def _legend(report: Report, curves: Sequence[Curve]) -> str:
+    """The line of each model, beside its name. Outside of the picture: on a small screen that scrolls, and this does not."""
+    entries = []
+    for number, curve in enumerate(curves):
+        colour, line = curve_style(number)
+        style = f"border-top: 3px {BORDERS[line]} {themed(colour.lower())}"
+        same = "" if curve.mean > 0 else " (identical)"
+        entries.append(f'<li><span style="{style}"></span>{text(report.labels[curve.of])}{same}</li>')
+    return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
 def _note(words: str) -> str:

@@ -81,10 +81,13 @@ class Report:
         return [self.row(role) for role in model_roles(self.comparison.models)]
 
     @property
-    def commands(self) -> list[str]:
-        """The commands that made the artifacts, in the order in which they were first given."""
+    def commands(self) -> list[tuple[str, str]]:
+        """The commands that made the artifacts, in the order in which they were first given, each with the text of its settings
+        file, empty where it was given none.
+        """
         manifests = [row.manifest for row in self.artifacts if row.manifest is not None]
-        return list(dict.fromkeys(m.command for m in sorted(manifests, key=lambda m: (m.created, m.id)) if m.command))
+        ordered = sorted(manifests, key=lambda m: (m.created, m.id))
+        return list(dict.fromkeys((m.command, m.settings) for m in ordered if m.command))
 
 
 def find_comparison(store: Store, refs: Sequence[str]) -> Manifest:

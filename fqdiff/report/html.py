@@ -13,12 +13,22 @@ def text(value: object) -> str:
 
 def sortable_table(table: Table) -> str:
     """``table`` with what the page's script sorts it by."""
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in table.header)
+    head = "".join(f'<th scope="col"{_words(column)}>{text(name)}</th>' for name, column in _columns(table))
     rows = "".join(
         f'<tr><th scope="row"{_key(row[0])}>{text(row[0].text)}</th>{"".join(_cell(c) for c in row[1:])}</tr>'
         for row in table.rows
     )
     return html_table("sortable", table.title, head, rows)
+
+
+def _columns(table: Table) -> list[tuple[str, list[Cell]]]:
+    """The head of each column with its cells."""
+    return [(name, [row[number] for row in table.rows]) for number, name in enumerate(table.header)]
+
+
+def _words(cells: list[Cell]) -> str:
+    """The class of a column that holds words, which stand on the left, its head too."""
+    return ' class="words"' if any(isinstance(cell.key, str) for cell in cells) else ""
 
 
 def html_table(style: str, caption: str, head: str, rows: str) -> str:
@@ -33,8 +43,7 @@ def scrolling(style: str, label: str, inside: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    words = ' class="words"' if isinstance(cell.key, str) else ""
-    return f"<td{words}{_key(cell)}>{text(cell.text)}</td>"
+    return f"<td{_words([cell])}{_key(cell)}>{text(cell.text)}</td>"
 
 
 def _key(cell: Cell) -> str:
@@ -43,4 +52,4 @@ def _key(cell: Cell) -> str:
 
 def chart(placed: Placed, label: str) -> str:
     """A figure that scrolls on a small screen."""
-    return scrolling("chart", label, f'<div class="frame">{placed.svg}</div>')
+    return scrolling("chart", label, f'<div class="frame" style="min-width: {placed.smallest}px">{placed.svg}</div>')

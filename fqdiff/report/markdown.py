@@ -12,7 +12,8 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~&$])")  # what begins markup somewhere 
 def markdown(report: Report) -> str:
     """Verdict, tables, what they rest on, and the commands."""
     value = report.comparison
-    fence = "`" * (1 + max((len(run) for c in report.commands for run in re.findall("`+", c)), default=2))
+    commands = commands_text(report)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", commands)), default=2))
     parts = [
         f"## {escape(title(report))}",
         "\n".join(f"- {escape(line)}" for line in verdict(report)),
@@ -22,14 +23,31 @@ def markdown(report: Report) -> str:
             f"features {value.features}, sha256 {value.features_sha256[:16]}; real images: {value.reference}; "
             f"{f'sampler runs: {value.sampler}; ' if value.sampler else ''}comparison {report.id}."
         ),
-        f"{max(fence, '```', key=len)}sh\n{commands_text(report)}\n{max(fence, '```', key=len)}",
+        f"{max(fence, '```', key=len)}sh\n{commands}\n{max(fence, '```', key=len)}",
     ]
     return "\n\n".join(parts)
 
 
 def commands_text(report: Report) -> str:
-    """The commands, one a line; what is not printable is not printed."""
-    return "\n".join("".join(c if c.isprintable() else "?" for c in command) for command in report.commands)
+    """The commands, one a line; below one that was given a settings file, as comments, what was in it.
+
+    Files of one content are written out once. What is not printable is not printed.
+    """
+    lines, first = [], dict[str, str]()
+    for command, settings in report.commands:
+        lines.append(_printable(command))
+        if not settings.strip():
+            continue
+        if settings in first:
+            lines.append(f"#   its file of settings: that of {_printable(first[settings])}")
+            continue
+        first[settings] = command
+        lines += ["#   its file of settings:", *(f"#     {_printable(line)}" for line in settings.strip().splitlines())]
+    return "\n".join(lines)
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def markdown_table(table: Table) -> str:

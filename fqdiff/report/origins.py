@@ -12,15 +12,7 @@ from fqdiff.viz.lineage import Node, graph
 
 def lineage_section(report: Report) -> str:
     """The graph, and every artifact with its inputs and settings."""
-    nodes = {
-        row.key: Node(
-            row.kind,
-            row.names[0] if row.names else row.id,
-            tuple(key for _, key in row.inputs),
-            row.manifest is not None,
-        )
-        for row in report.artifacts
-    }
+    nodes = lineage_nodes(report)
     tips = {f"node-{number}": f"{row.key}\n{_state(row)}" for number, row in enumerate(report.artifacts)}
     placed = inline_svg(graph(nodes, ""), "lineage", "What was made from what; as in the table below", tips)
     rows = "".join(
@@ -32,6 +24,18 @@ def lineage_section(report: Report) -> str:
     listed = html_table("plain", "Artifacts", head, rows)
     summary = "<summary>Every artifact, its inputs and its settings</summary>"
     return f"{chart(placed, 'Lineage')}\n<details>{summary}{listed}</details>"
+
+
+def lineage_nodes(report: Report) -> dict[str, Node]:
+    """The boxes of the graph, by kind/id: the names that an artifact has, else whose it is, and its id."""
+    owners = {f"samples/{row.samples}": row.label for row in report.rows}
+    owners |= {row.model: row.label for row in reversed(report.rows)}
+    nodes = {}
+    for row in report.artifacts:
+        whose = ", ".join(row.names) or (f"of {owners[row.key]}" if row.key in owners else "")
+        lines = (whose, row.id) if whose else (row.id,)
+        nodes[row.key] = Node(row.kind, lines, tuple(key for _, key in row.inputs), row.manifest is not None)
+    return nodes
 
 
 def _state(row: ArtifactRow) -> str:

@@ -27,6 +27,16 @@ for (const part of document.querySelectorAll("[data-tip]")) {
 addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
 addEventListener("scroll", hideTip, true);
 
+// What is wider than the screen says so, and fades where more of it lies to the right.
+const wide = [...document.querySelectorAll(".scroll")];
+const measure = (part) => {
+  part.toggleAttribute("data-wide", part.scrollWidth > part.clientWidth + 1);
+  part.toggleAttribute("data-more", part.scrollWidth > part.clientWidth + part.scrollLeft + 1);
+};
+for (const part of wide) part.addEventListener("scroll", () => measure(part), { passive: true });
+addEventListener("toggle", () => wide.forEach(measure), true);
+new ResizeObserver(() => wide.forEach(measure)).observe(document.body);
+
 // Tables are sorted by their heads: a number by its value, a word by the alphabet, what is empty last.
 function compare(a, b) {
   if (a === b) return 0;

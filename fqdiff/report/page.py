@@ -16,8 +16,17 @@ from fqdiff.report.origins import lineage_section, reproduce_section
 from fqdiff.report.pictures import fisher_section, pareto_section, plan_section
 from fqdiff.report.samples import sample_section
 from fqdiff.report.svg import inline_svg
-from fqdiff.report.tables import metric_table, model_table, pair_table
-from fqdiff.report.words import model_sentences, title, verdict
+from fqdiff.report.tables import distribution_table, model_table, pair_table, paired_table
+from fqdiff.report.words import (
+    BEYOND,
+    NO_GAIN,
+    WHAT_N_COUNTS,
+    join,
+    model_sentences,
+    pair_columns,
+    title,
+    verdict,
+)
 from fqdiff.viz.comparison import intervals
 
 PAGE_LIMIT = 5_000_000  # bytes
@@ -73,12 +82,11 @@ def _verdict(report: Report) -> str:
     notes = [
         f"Image by image: every model drew from the same noise as {report.labels[BASELINE]}, so that differences are its own. "
         f"±, [ ] and bars: {value.level:.0%} intervals from {value.resamples:,} resamples of images, the same for all models. "
-        f"Verdicts: at the {value.level:.0%} level, after Holm's correction over all pairs; the N that would tell: at 80% power."
+        f"Verdicts: at the {value.level:.0%} level, after Holm's correction over all pairs of a metric. "
+        f"{WHAT_N_COUNTS} At 80% power."
     ]
-    if any(d.verdict in ("not worse", "not better") for d in value.differences):
-        notes.append(
-            "Not worse, not better: one is nearer to the real images than its own full precision. That is no gain: it moved away."
-        )
+    if any(d.verdict in BEYOND for d in value.differences):
+        notes.append(NO_GAIN)
     return f'<ul class="lead">{lead}</ul>\n<dl>{each}</dl>\n' + "".join(f'<p class="note">{text(n)}</p>' for n in notes)
 
 
@@ -91,11 +99,13 @@ def _models(report: Report) -> str:
 
 
 def _metrics(report: Report) -> str:
+    parts = []
+    for table in (paired_table(report), distribution_table(report)):
+        parts.append(f"<h3>{text(table.title)}</h3>\n{sortable_table(table)}")
     pairs = pair_table(report)
-    summary = f"<summary>{text(pairs.title)}: image MSE, FID and KID, with verdicts</summary>"
-    return (
-        f'{sortable_table(metric_table(report))}\n<details class="printed">{summary}{sortable_table(pairs)}</details>'
-    )
+    metrics = join([name for name, _ in pair_columns().values()])
+    summary = f"<summary>{text(pairs.title)} by {text(metrics)}, with verdicts</summary>"
+    return "\n".join([*parts, f'<details class="printed">{summary}{sortable_table(pairs)}</details>'])
 
 
 # What each is called, and what makes it; one that has nothing to show is left out. Samples come last, to fill the page.

@@ -5,9 +5,10 @@ import json
 import numpy as np
 
 from fqdiff.evidence.comparison import BASELINE, FLOOR
-from fqdiff.report.data import Report, mean_fisher
-from fqdiff.report.html import chart, text
+from fqdiff.report.data import Report
+from fqdiff.report.html import chart, sortable_table, text
 from fqdiff.report.svg import Placed, inline_svg
+from fqdiff.report.tables import fisher_values, plan_groups, plan_tables
 from fqdiff.report.words import interval, judged
 from fqdiff.values import Plan
 from fqdiff.viz.fisher import DRAW, Subject
@@ -35,23 +36,20 @@ def pareto_section(report: Report) -> str:
     label = "File size against image MSE and FID, with intervals; the numbers are in the table of models"
     placed = inline_svg(pareto(value, report.labels, sizes, ""), "pareto", label, tips)
     note = (
-        "Towards the lower left: smaller and nearer. The dashed line joins models that no smaller one comes as near as."
+        "Towards the lower left: smaller and nearer. The dashed line joins models that no smaller one comes as near as; hollow "
+        "dots lie above it. Orange on the right: FID tells the model from the baseline."
     )
     return f'{chart(placed, "File size against quality")}\n<p class="note">{note}</p>'
 
 
 def plan_section(report: Report) -> str:
     """The plans in words, and a picture for each set of plans of one architecture; empty without plans."""
-    groups: dict[tuple[str, ...], dict[str, Plan]] = {}
-    for role, plan in report.plans.items():
-        groups.setdefault(tuple(e.parameter for e in plan.entries), {})[report.labels[role]] = plan
-    values: dict[str, float] = {}
-    for subject in reversed(list(report.fisher.values())):
-        values |= mean_fisher(subject)
+    values = fisher_values(report)
     charts = []
-    for number, plans in enumerate(groups.values()):
-        label = f"Format of each weight tensor in {', '.join(plans)}, beside its Fisher value"
+    for number, (plans, table) in enumerate(zip(plan_groups(report), plan_tables(report), strict=True)):
+        label = f"Format of each weight tensor in {', '.join(plans)}, beside its Fisher value; as in the table below"
         charts.append(chart(inline_svg(plans_and_fisher(plans, values, ""), f"plan{number}", label), "Plans"))
+        charts.append(f"<details><summary>{text(table.title)}, as a table</summary>{sortable_table(table)}</details>")
     if not charts:
         return ""
     rows = "".join(
@@ -79,17 +77,21 @@ def fisher_section(report: Report) -> str:
 
 
 def _fisher_map(number: int, subject: Subject) -> str:
-    """The heat map over timesteps; of a table that has only whole sampler runs, the dots."""
-    if not subject.table.entries:
-        figure = DRAW["trajectory"](subject)
-        placed = inline_svg(figure, f"fisher{number}", f"Fisher value of each weight tensor: {subject.artifact}")
-        return chart(placed, "Fisher information")
-    placed = inline_svg(
-        DRAW["heatmap-log"](subject), f"fisher{number}", f"Heat map, weight tensor by timestep: {subject.artifact}"
-    )
+    """The heat map over timesteps; of a table that has only whole sampler runs, the dots. The title stands above it, where it
+    does not scroll away.
+    """
+    over_time = bool(subject.table.entries)
+    figure = DRAW["heatmap-log" if over_time else "trajectory"](subject)
+    title = figure.axes[0].get_title().replace(r"\$", "$")
+    figure.axes[0].set_title("")
+    shown = "Heat map, weight tensor by timestep" if over_time else "Fisher value of each weight tensor"
+    placed = inline_svg(figure, f"fisher{number}", f"{shown}: {subject.artifact}")
+    head = f"<h3>{text(title)}</h3>{chart(placed, 'Fisher information')}"
+    if not over_time:
+        return head
     data = json.dumps(_cells(subject, placed)).replace("<", "\\u003c")
     return (
-        f'<div class="heat">{chart(placed, "Fisher information")}<output class="readout" aria-live="polite"></output>'
+        f'<div class="heat">{head}<output class="readout" aria-live="polite"></output>'
         f'<script type="application/json">{data}</script>'
         '<p class="note hint">Point at a cell, or move over them with the arrow keys.</p></div>'
     )

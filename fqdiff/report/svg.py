@@ -29,10 +29,14 @@ COLOUR = re.compile("|".join(THEME))
 
 @dataclass(frozen=True)
 class Placed:
-    """An ``<svg>`` element, and where its first axes are: left, top, width and height as shares of the whole."""
+    """An ``<svg>`` element, and where its first axes are: left, top, width and height as shares of the whole.
+
+    ``smallest``: pixels that it is wide at least, to be readable.
+    """
 
     svg: str
     axes: tuple[float, float, float, float]
+    smallest: int
 
 
 def inline_svg(figure: Figure, prefix: str, label: str, tips: Mapping[str, str] | None = None) -> Placed:
@@ -48,11 +52,11 @@ def inline_svg(figure: Figure, prefix: str, label: str, tips: Mapping[str, str] 
                 parent.remove(child)
     for element in root.iter():
         _adapt(element, prefix, tips or {})
-    readable = f"min-width: {round(SMALLEST * 72 * figure.get_figwidth())}px"
     role = "group" if tips else "img"
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": role, "aria-label": label, "style": readable}
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": role, "aria-label": label}
     left, bottom, width, height = figure.axes[0].get_position().bounds
-    return Placed(ElementTree.tostring(root, encoding="unicode"), (left, 1 - bottom - height, width, height))
+    smallest = round(SMALLEST * 72 * figure.get_figwidth())
+    return Placed(ElementTree.tostring(root, encoding="unicode"), (left, 1 - bottom - height, width, height), smallest)
 
 
 def _adapt(element: ElementTree.Element, prefix: str, tips: Mapping[str, str]) -> None:
@@ -67,10 +71,11 @@ def _adapt(element: ElementTree.Element, prefix: str, tips: Mapping[str, str]) -
             del element.attrib[name]
             element.attrib["href"] = f"#{prefix}-{value[1:]}" if value.startswith("#") else value
         elif name in ("style", "fill", "stroke"):
-            element.attrib[name] = re.sub(r"font-family: [^;]*|(?<=px) 'DejaVu.*?(?=;|$)", "", _themed(value))
+            element.attrib[name] = re.sub(r"font-family: [^;]*|(?<=px) 'DejaVu.*?(?=;|$)", "", themed(value))
         if "url(#" in value:
             element.attrib[name] = element.attrib[name].replace("url(#", f"url(#{prefix}-")
 
 
-def _themed(style: str) -> str:
+def themed(style: str) -> str:
+    """``style`` with the page's colours in the place of those that figures share."""
     return COLOUR.sub(lambda found: THEME[found[0]], style)

@@ -4,16 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fqdiff.evidence.comparison import BASELINE, FLOOR
-from fqdiff.report.data import ModelRow, Report
+from fqdiff.report.data import ModelRow, Report, mean_fisher
 from fqdiff.report.words import (
-    DECIDING,
     DISTRIBUTION_COLUMNS,
+    NETWORK_COLUMNS,
     PAIRED_COLUMNS,
     interval,
     noise_share,
+    pair_columns,
     times_smaller,
 )
-from fqdiff.values import Comparison, Curve
+from fqdiff.values import Comparison, Curve, Plan
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Table:
 
 def tables(report: Report) -> list[Table]:
     """All of the report's tables."""
-    return [model_table(report), metric_table(report), pair_table(report), *decile_tables(report)]
+    metrics = [paired_table(report), distribution_table(report), pair_table(report)]
+    return [model_table(report), *metrics, *decile_tables(report), *plan_tables(report)]
 
 
 def model_table(report: Report) -> Table:
@@ -57,7 +59,7 @@ def model_table(report: Report) -> Table:
         )
         for row in report.rows
     ]
-    header += (f"FID minus baseline's [{value.level:.0%}]", "FID tells")
+    header += (f"FID minus baseline's [{value.level:.0%}]", "verdict by FID")
     return Table("Models", header, tuple(rows))
 
 
@@ -68,35 +70,93 @@ def _differences(value: Comparison, role: str) -> tuple[Cell, Cell]:
     return Cell(interval(d, "+.3f"), d.difference), _word(d.verdict)
 
 
-def metric_table(report: Report) -> Table:
-    """Every metric but the image error, which the table of models has, of every role."""
+def paired_table(report: Report) -> Table:
+    """How far each model is from the baseline, given the same inputs, or the same noise."""
     value = report.comparison
-    there = {m.metric for m in value.measures} - {"image_mse"}
-    columns = {metric: c for metric, c in {**PAIRED_COLUMNS, **DISTRIBUTION_COLUMNS}.items() if metric in there}
+    means = {
+        metric: {c.of: (c.mean, c.high - c.mean) for c in curves}
+        for metric, curves in (("noise_error", value.noise_error), ("divergence", value.divergence))
+        if curves
+    }
+    rows = [
+        (
+            _word(row.label),
+            *(_with_half(of.get(row.role), NETWORK_COLUMNS[metric][1]) for metric, of in means.items()),
+            *(_measured(value, metric, row.role, PAIRED_COLUMNS) for metric in PAIRED_COLUMNS),
+        )
+        for row in report.rows
+        if row.role != BASELINE
+    ]
+    names = [*(NETWORK_COLUMNS[m][0] for m in means), *(name for name, _ in PAIRED_COLUMNS.values())]
+    return Table("Same inputs, same noise: distance from the baseline", ("model", *names), tuple(rows))
+
+
+def distribution_table(report: Report) -> Table:
+    """Every metric of sets of images, of every role."""
+    value = report.comparison
+    there = {m.metric for m in value.measures}
+    columns = {metric: c for metric, c in DISTRIBUTION_COLUMNS.items() if metric in there}
     rows = [(_word(row.label), *(_measured(value, m, row.role, columns) for m in columns)) for row in report.rows]
-    return Table("More metrics", ("model", *(name for name, _ in columns.values())), tuple(rows))
+    return Table("Against real images", ("model", *(name for name, _ in columns.values())), tuple(rows))
 
 
 def pair_table(report: Report) -> Table:
-    """Image error, FID and KID of each pair, with verdicts."""
-    forms = {"image_mse": PAIRED_COLUMNS["image_mse"]} | {m: DISTRIBUTION_COLUMNS[m] for m in DECIDING}
+    """Every pair by what the models predict, by their images, and by FID and KID, with verdicts."""
+    columns = pair_columns()
     labels = report.labels
     rows = tuple(
         (
             _word(labels[d.of]),
             _word(labels[d.against]),
-            _word(forms[d.metric][0]),
-            Cell(interval(d, f"+{forms[d.metric][1]}"), d.difference),
+            _word(columns[d.metric][0]),
+            Cell(interval(d, f"+{columns[d.metric][1]}"), d.difference),
             Cell(f"{d.adjusted_p:.2g}", d.adjusted_p),
             _word(d.verdict),
             _number(d.images_needed, ",d"),
         )
         for d in report.comparison.differences
-        if d.metric in forms
+        if d.metric in columns
     )
     title = f"difference [{report.comparison.level:.0%}]"
     header = ("model", "against", "metric", title, "adjusted p", "verdict", "N that would tell")
     return Table("Every pair", header, rows)
+
+
+def plan_groups(report: Report) -> list[dict[str, Plan]]:
+    """The plans by label, those of one architecture together."""
+    groups: dict[tuple[str, ...], dict[str, Plan]] = {}
+    for role, plan in report.plans.items():
+        groups.setdefault(tuple(e.parameter for e in plan.entries), {})[report.labels[role]] = plan
+    return list(groups.values())
+
+
+def fisher_values(report: Report) -> dict[str, float]:
+    """Fisher value of each weight tensor, of the first table that has it."""
+    values: dict[str, float] = {}
+    for subject in reversed(list(report.fisher.values())):
+        values |= mean_fisher(subject)
+    return values
+
+
+def plan_tables(report: Report) -> list[Table]:
+    """The format of each weight tensor in every plan, beside its Fisher value; a table for each architecture."""
+    values, groups = fisher_values(report), plan_groups(report)
+    found = []
+    for number, plans in enumerate(groups, start=1):
+        rows = [
+            (
+                _word(first.parameter),
+                _word(first.block),
+                _number(values.get(first.parameter), ".2e"),
+                *(Cell(entry.format_label, entry.code_bits) for entry in entries),
+            )
+            for first, *others in zip(*(plan.entries for plan in plans.values()), strict=True)
+            if len(first.shape) >= 2
+            for entries in [(first, *others)]
+        ]
+        title = "Format of each weight tensor" + (f", architecture {number}" if len(groups) > 1 else "")
+        found.append(Table(title, ("weight tensor", "block", "Fisher value", *plans), tuple(rows)))
+    return found
 
 
 def decile_tables(report: Report) -> list[Table]:
@@ -149,10 +209,12 @@ def _number(value: float | None, form: str) -> Cell:
 def _measured(value: Comparison, metric: str, role: str, columns: Mapping[str, tuple[str, str]]) -> Cell:
     """Value and half interval; empty where the role has no such measure."""
     found = next((m for m in value.measures if (m.metric, m.of) == (metric, role)), None)
-    if found is None:
-        return EMPTY
-    form = columns[metric][1]
-    return Cell(f"{found.value:{form}} ± {found.high - found.value:{form}}", found.value)
+    return _with_half((found.value, found.high - found.value) if found else None, columns[metric][1])
+
+
+def _with_half(found: tuple[float, float] | None, form: str) -> Cell:
+    """A value and half its interval."""
+    return EMPTY if found is None else Cell(f"{found[0]:{form}} ± {found[1]:{form}}", found[0])
 
 
 def _share(report: Report, row: ModelRow) -> Cell:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from fqdiff.evidence.comparison import Difference
     from fqdiff.report.data import ModelRow, Report
 
+NETWORK_COLUMNS = {"noise_error": ("noise error", ".2e"), "divergence": ("divergence", ".2e")}
 PAIRED_COLUMNS = {
     "image_mse": ("image MSE", ".2e"),
     "psnr": ("PSNR dB", ".2f"),
@@ -26,6 +27,18 @@ NOISE_ERROR = "1/2 |eps - baseline's eps|²"
 DIVERGENCE = "mean squared distance of x"
 DECIDING = ("fid", "kid")  # with a verdict each; those on the others are in the artifact
 SAME = "not distinguishable"
+BEYOND = ("not worse", "not better")
+NO_GAIN = (
+    "Not worse, not better: one of the two is nearer to the real images than the full precision it was made from, by more than "
+    "chance. That is no gain: it moved away."
+)
+WHAT_N_COUNTS = "N that would tell: images; of noise errors inputs at each timestep, of divergence runs of the sampler."
+
+
+def pair_columns() -> dict[str, tuple[str, str]]:
+    """Metrics whose pairs are shown, what is surest first: name and how numbers are written."""
+    deciding = {metric: DISTRIBUTION_COLUMNS[metric] for metric in DECIDING}
+    return {**NETWORK_COLUMNS, "image_mse": PAIRED_COLUMNS["image_mse"], **deciding}
 
 
 def interval(d: "Difference", form: str) -> str:
@@ -132,28 +145,38 @@ def _distance(report: "Report", row: "ModelRow") -> str:
 
 def _judgements(report: "Report", row: "ModelRow") -> str:
     pairs = [(DISTRIBUTION_COLUMNS[m][0], report.comparison.pair(m, row.role, "baseline")) for m in DECIDING]
-    return "; ".join(f"{name} {judged(d)}" for name, d in pairs)
+    no_gain = f"lower than {report.row('baseline').label}'s, which is no gain"
+    return "; ".join(f"{name} {no_gain if d.verdict == 'not worse' else judged(d)}" for name, d in pairs)
 
 
 def _told(report: "Report", baseline: str) -> list[str]:
     """What metrics of whole sets tell; that they tell nothing is no proof that nothing differs."""
     value, models = report.comparison, report.models
-    whom = models[0].label if len(models) == 1 else "any model"
     silent = [m for m in DECIDING if all(value.pair(m, row.role, "baseline").verdict == SAME for row in models)]
-    names = [DISTRIBUTION_COLUMNS[m][0] for m in silent]
-    lines = []
-    for metric in DECIDING:
-        if metric not in silent:
-            told = [(row.label, value.pair(metric, row.role, "baseline").verdict) for row in models]
-            found = join([f"{label} ({verdict})" for label, verdict in told if verdict != SAME])
-            others = ", and no other" if any(verdict == SAME for _, verdict in told) else ""
-            name = DISTRIBUTION_COLUMNS[metric][0]
-            lines.append(f"{name} of {value.n:,} images tells from {baseline}: {found}{others}.")
-    if names:
-        start = f"Neither {' nor '.join(names)}" if len(names) > 1 else f"{names[0]}"
-        verb = "tells" if len(names) > 1 else "does not tell"
-        lines.append(f"{start} of {value.n:,} images {verb} {whom} from {baseline}.")
+    lines = [_told_by(report, metric, baseline) for metric in DECIDING if metric not in silent]
+    if silent:
+        whom = models[0].label if len(models) == 1 else "any model"
+        names = join([DISTRIBUTION_COLUMNS[m][0] for m in silent])
+        lines.append(f"{names} of {value.n:,} images cannot tell {whom} from {baseline}.")
     return lines
+
+
+def _told_by(report: "Report", metric: str, baseline: str) -> str:
+    """Which models are worse than the baseline by one metric, which differ without gain, and which cannot be told from it."""
+    value, name = report.comparison, DISTRIBUTION_COLUMNS[metric][0]
+    of: dict[str, list[str]] = {}
+    for row in report.models:
+        of.setdefault(value.pair(metric, row.role, "baseline").verdict, []).append(row.label)
+    parts = []
+    for word in ("worse", "better"):
+        if word in of:
+            parts.append(f"{join(of[word])} {'is' if len(of[word]) == 1 else 'are'} {word} than {baseline}")
+    for word in (w for w in BEYOND if w in of):
+        side, verb = "lower" if word == "not worse" else "higher", "differs" if len(of[word]) == 1 else "differ"
+        parts.append(f"{join(of[word])} {verb} from {baseline} by a {side} {name}, which is no gain")
+    if SAME in of:
+        parts.append(f"{join(of[SAME])} cannot be told from {baseline}")
+    return f"By {name} of {value.n:,} images, {'; '.join(parts)}."
 
 
 def join(words: Sequence[str]) -> str:

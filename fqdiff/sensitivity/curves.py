@@ -14,6 +14,7 @@ from fqdiff.configs import CompareConfig, SampleConfig
 from fqdiff.context import Context
 from fqdiff.diffusion.samplers import run_sampler
 from fqdiff.errors import NumericalError
+from fqdiff.evidence.comparison import Resampled
 from fqdiff.evidence.decisions import half_width
 from fqdiff.evidence.resampling import draw_counts, mean_draws
 from fqdiff.rng import generator
@@ -23,6 +24,9 @@ from fqdiff.sensitivity.measure import outputs
 from fqdiff.values import Curve, Model, Point, error_std, predict_noise
 
 RUNS = 8  # in one batch; fixed, so that results do not depend on the machine
+Measured = tuple[
+    tuple[Curve, ...], dict[str, Resampled]
+]  # of each model: its curve, and its mean with the draws of it, by role
 
 
 def comparable(model: Model, baseline: Model) -> bool:
@@ -40,7 +44,7 @@ def noise_error(
     seed: int,
     context: Context,
     ledger: Ledger,
-) -> tuple[Curve, ...]:
+) -> Measured:
     """1/2 |eps_q - eps|^2, summed over pixels, of each of ``models`` by role against ``baseline``, over timesteps.
 
     ``images`` uint8 [N, C, H, W], held out. All models get the same K x S inputs, and each resample draws the same ones for
@@ -58,11 +62,10 @@ def noise_error(
         delta = _outputs(role, model, inputs, context) - reference
         values[number] = 0.5 * delta.square().flatten(1).sum(dim=1).view(len(timesteps), count)
     counts = [draw_counts(count, config.resamples, generator(seed, "noise error", t)) for t in timesteps.tolist()]
-    found = []
-    for role, rows in zip(models, values, strict=True):
-        draws = torch.stack([mean_draws(row, drawn) for row, drawn in zip(rows, counts, strict=True)], dim=1)
-        found.append(_curve(role, timesteps, weights, rows.mean(dim=1), draws, count, config.level))
-    return tuple(found)
+    draws = [
+        torch.stack([mean_draws(row, drawn) for row, drawn in zip(rows, counts, strict=True)], dim=1) for rows in values
+    ]
+    return _measured([*models], timesteps, weights, values.mean(dim=2), draws, count, config.level)
 
 
 def divergence(
@@ -73,7 +76,7 @@ def divergence(
     seed: int,
     context: Context,
     ledger: Ledger,
-) -> tuple[Curve, ...]:
+) -> Measured:
     """Mean squared distance of x from ``baseline``'s own run, before the first and after every step of the sampler.
 
     Run k starts from the noise of image k of samples with ``run_seed``, and gets its step noise: of those samples it is the run
@@ -96,10 +99,8 @@ def divergence(
     counts = draw_counts(runs, config.resamples, generator(seed, "sampler runs")).double()
     steps = torch.arange(config.steps + 1)
     weights = (steps > 0).double() / config.steps
-    return tuple(
-        _curve(role, steps, weights, rows.mean(dim=0), counts @ rows / runs, runs, config.level)
-        for role, rows in zip(models, values, strict=True)
-    )
+    draws = [counts @ rows / runs for rows in values]
+    return _measured([*models], steps, weights, values.mean(dim=1), draws, runs, config.level)
 
 
 def _outputs(role: str, model: Model, inputs: Inputs, context: Context) -> Tensor:
@@ -139,9 +140,24 @@ def _states(
         yield x.cpu().double()
 
 
-def _curve(role: str, at: Tensor, weights: Tensor, values: Tensor, draws: Tensor, samples: int, level: float) -> Curve:
-    """The curve of ``values`` [P] at the points ``at`` [P], and of what resamples made of them: ``draws`` [B, P]."""
-    rows = zip(at.tolist(), weights.tolist(), values.tolist(), draws.std(dim=0).tolist(), strict=True)
-    mean, error = float(values @ weights), float((draws @ weights).std())
-    half = half_width(error, level)
-    return Curve(role, samples, tuple(Point(*row) for row in rows), mean, error, mean - half, mean + half)
+def _measured(
+    roles: Sequence[str],
+    at: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    draws: Sequence[Tensor],
+    samples: int,
+    level: float,
+) -> Measured:
+    """A curve through the points ``at`` [P] for each role's row of ``values`` [M, P], and its mean with that of each resample.
+
+    ``draws``: what resamples made of each row, [B, P]. Resample b drew the same samples for all roles: their means are paired.
+    """
+    curves, means = [], {}
+    for role, row, drawn in zip(roles, values, draws, strict=True):
+        mean = means[role] = Resampled(float(row @ weights), drawn @ weights)
+        half = half_width(mean.standard_error, level)
+        points = zip(at.tolist(), weights.tolist(), row.tolist(), drawn.std(dim=0).tolist(), strict=True)
+        ends = mean.value - half, mean.value + half
+        curves.append(Curve(role, samples, tuple(Point(*p) for p in points), mean.value, mean.standard_error, *ends))
+    return tuple(curves), means

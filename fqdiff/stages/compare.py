@@ -1,33 +1,28 @@
 """Are these models different, by how much, and how sure: every metric of sets of images made from the same noise."""
 
-from collections.abc import Callable, Mapping, Sequence
-
-import torch
+from collections.abc import Mapping, Sequence
 
 from fqdiff.configs import CompareConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, DataError, LineageError, NumericalError
+from fqdiff.errors import ConfigError, DataError, LineageError
 from fqdiff.evidence.comparison import (
     BASELINE,
     FLOOR,
-    ImageSet,
+    NETWORK,
     Resampled,
     differences,
-    kernel_metrics,
-    manifold_metrics,
     measures,
     model_roles,
+    network_differences,
     paired_metrics,
-    score_metric,
 )
 from fqdiff.evidence.features import FeatureNetwork
-from fqdiff.evidence.frechet import frechet_distance_of_features
-from fqdiff.evidence.frechet_bootstrap import frechet_draws, resamples_at_once
 from fqdiff.evidence.resampling import draw_counts
 from fqdiff.rng import generator
-from fqdiff.sensitivity.curves import comparable, divergence, noise_error
+from fqdiff.sensitivity.curves import Measured, comparable, divergence, noise_error
+from fqdiff.sensitivity.distributions import distribution_metrics, frechet_metric, image_set, real_images
 from fqdiff.sensitivity.ledger import Ledger
-from fqdiff.values import ClassifierWeights, Comparison, Curve, Dataset, Model, SampleSet
+from fqdiff.values import ClassifierWeights, Comparison, Dataset, Model, SampleSet
 
 
 def compare(
@@ -56,41 +51,28 @@ def compare(
     if floor is not None:
         samples[FLOOR] = floor
     n = _common_count(samples, dataset, config)
-    # As the fid stage does: a source may be sorted by label.
-    chosen = torch.randperm(len(dataset.reference), generator=generator(0, "reference"))[:n].sort().values
     shared, apart, held_out = (
         draw_counts(n, config.resamples, generator(seed, label)) for label in ("images", "floor", "held-out images")
     )
     results: dict[str, dict[str, Resampled]] = {}
     with context.progress(1 + 4 * len(samples), "compare", "step") as bar:
-
-        def described(role: str, images: torch.Tensor, counts: torch.Tensor) -> ImageSet:
-            place = context.evidence_device
-            probabilities = network.probabilities(images).to(place) if network.probabilities else None
-            extracted = network.extract(images).to(place)
-            found = ImageSet(images.to(place), extracted, probabilities, counts.to(place))
-            if not torch.isfinite(found.features).all():
-                raise NumericalError(f"features of {role} hold NaN or infinity", "look at the images they come from")
+        real = image_set("held-out images", real_images(dataset, n), held_out, network, context)
+        bar.update()
+        sets = {}
+        for role, given in samples.items():
+            sets[role] = image_set(role, given.images[:n], apart if role == FLOOR else shared, network, context)
             bar.update()
-            return found
-
-        def each_set(metrics: Callable[[ImageSet], Mapping[str, Resampled]]) -> None:
-            for role, one in sets.items():
-                for metric, value in metrics(one).items():
-                    results.setdefault(metric, {})[role] = value
-                bar.update()
-
-        real = described("held-out images", dataset.reference[chosen], held_out)
-        sets = {role: described(role, s.images[:n], apart if role == FLOOR else shared) for role, s in samples.items()}
-        base = sets[BASELINE]
-        each_set(lambda one: {} if one is base else paired_metrics(one, base))
-        kernel = kernel_metrics(real, [*sets.values()], bar.update)
-        each_set(lambda one: manifold_metrics(real, one) | score_metric(one))
-    results["kid"] = dict(zip(sets, kernel, strict=True))
+        for role, one in sets.items():
+            for metric, value in paired_metrics(one, sets[BASELINE]).items() if role != BASELINE else ():
+                results.setdefault(metric, {})[role] = value
+            bar.update()
+        results |= distribution_metrics(real, sets, bar.update)
     with context.soft_stop() as stop_requested:
         ledger = Ledger(context, stop_requested)
-        results["fid"] = _frechet_metric(real, sets, ledger)
-        errors, runs = _network_curves(dataset, networks, config, baseline.seed, seed, context, ledger)
+        results["fid"] = frechet_metric(real, sets, ledger)
+        errors, runs = _networks_compared(dataset, networks, config, baseline.seed, seed, context, ledger)
+    of_networks = {name: means for name, (_, means) in zip(NETWORK, (errors, runs), strict=True) if means}
+    counts = dict(zip(NETWORK, (config.error_inputs, config.trajectories), strict=True))
     return Comparison(
         n=n,
         level=config.level,
@@ -103,10 +85,13 @@ def compare(
         floor_seed=floor.seed if floor is not None else None,
         models=len(models),
         measures=measures(results, config.level),
-        differences=differences(results, len(models), config.full_precision_of, n, config.level),
-        noise_error=errors,
-        divergence=runs,
-        sampler=_sampler_words(config) if runs else "",
+        differences=(
+            *network_differences(of_networks, counts, config.level),
+            *differences(results, len(models), config.full_precision_of, n, config.level),
+        ),
+        noise_error=errors[0],
+        divergence=runs[0],
+        sampler=_sampler_words(config) if runs[0] else "",
     )
 
 
@@ -148,19 +133,7 @@ def _common_count(samples: Mapping[str, SampleSet], dataset: Dataset, config: Co
     return config.count or fewest
 
 
-def _frechet_metric(real: ImageSet, sets: Mapping[str, ImageSet], ledger: Ledger) -> dict[str, Resampled]:
-    """FID of each of ``sets`` and its draws, which are kept as parts: with large features they take hours."""
-    resamples, at_once = len(real.counts), resamples_at_once(real.features)
-    draws = ledger.rows("fid", resamples, len(sets))
-    for k in ledger.units("bootstrap", -(-resamples // at_once), "piece"):
-        part = slice(k * at_once, (k + 1) * at_once)
-        drawn = [(one.features, one.counts[part]) for one in sets.values()]
-        draws[part] = frechet_draws(real.features, real.counts[part], drawn)
-    values = [frechet_distance_of_features(real.features, one.features) for one in sets.values()]
-    return {role: Resampled(v, d) for role, v, d in zip(sets, values, draws.clone().unbind(dim=1), strict=True)}
-
-
-def _network_curves(
+def _networks_compared(
     dataset: Dataset,
     networks: Sequence[Model],
     config: CompareConfig,
@@ -168,16 +141,19 @@ def _network_curves(
     seed: int,
     context: Context,
     ledger: Ledger,
-) -> tuple[tuple[Curve, ...], tuple[Curve, ...]]:
+) -> tuple[Measured, Measured]:
     """Noise errors and divergence of all that can be held against the first of ``networks``."""
+    nothing: Measured = (), {}
     if not networks:
-        return (), ()
+        return nothing, nothing
     first, *others = networks
     models = dict(zip(model_roles(len(others)), others, strict=True))
     models = {role: model for role, model in models.items() if comparable(model, first)}
     return (
-        noise_error(first, models, dataset.reference, config, seed, context, ledger) if config.error_inputs else (),
-        divergence(first, models, config, run_seed, seed, context, ledger) if config.trajectories else (),
+        noise_error(first, models, dataset.reference, config, seed, context, ledger)
+        if config.error_inputs
+        else nothing,
+        divergence(first, models, config, run_seed, seed, context, ledger) if config.trajectories else nothing,
     )
 
 

@@ -1,15 +1,18 @@
-"""Fréchet distance of generated images to held-out real ones, and to another model's, with its uncertainty."""
-
-import torch
+"""Metrics of generated images against held-out real ones, and the difference to another model's, with their uncertainty."""
 
 from fqdiff.configs import FidConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError
-from fqdiff.evidence.bootstrap import difference_interval
+from fqdiff.evidence.comparison import BASELINE, MODEL, differences, measures
+from fqdiff.evidence.extrapolation import enough_images, frechet_infinity
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
-from fqdiff.evidence.frechet import frechet_distance_of_features
+from fqdiff.evidence.resampling import draw_counts
 from fqdiff.rng import generator
+from fqdiff.sensitivity.distributions import distribution_metrics, frechet_metric, image_set, real_images
+from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.values import ClassifierWeights, Dataset, FidResult, SampleSet
+
+LEVEL = 0.95
 
 
 def fid(
@@ -21,60 +24,47 @@ def fid(
     seed: int,
     context: Context,
 ) -> FidResult:
-    """FID of ``samples`` against as many held-out images of ``dataset``, both as uint8 through the same ``features``.
+    """FID and all its kind of ``samples`` against as many held-out images of ``dataset``, both as uint8 through ``features``.
 
-    With a ``baseline`` sampled from the same noise: the difference of the two FIDs and its paired bootstrap interval.
-    Raises ConfigError for a count that one side does not have, DataError for other image shapes, LineageError for a
-    baseline of another seed.
+    With a ``baseline`` sampled from the same noise: its metrics too, and the difference of the two FIDs from paired resamples.
+    Values, resamples and intervals are those of a comparison with the same seed and count. Raises ConfigError for a count that
+    one side does not have, DataError for other image shapes, LineageError for a baseline of another seed.
     """
     network = features.feature_network() if isinstance(features, ClassifierWeights) else features
-    reference = dataset.reference
-    if samples.images.shape[1:] != reference.shape[1:]:
-        raise DataError(
-            f"samples of shape {tuple(samples.images.shape[1:])} against images of {tuple(reference.shape[1:])}",
-            "compare with the data set the model was trained on",
-        )
-    n = config.count or min(len(samples.images), len(reference))
-    if n > min(len(samples.images), len(reference)):
-        raise ConfigError(
-            f"{n} images asked for; there are {len(samples.images)} samples and {len(reference)} held-out images",
-            "lower --count, or take a larger data set",
-        )
-    # A source may be sorted by label, and MNIST's first half is neater than its second: take n at random, always the same.
-    chosen = torch.randperm(len(reference), generator=generator(0, "reference"))[:n].sort().values
-    reference = reference[chosen]
-    with context.progress(2 + (baseline is not None) * (1 + config.resamples), "fid", "step") as bar:
-        real = network.extract(reference)
+    n = _count(samples, dataset, config)
+    if baseline is not None:
+        _check_pairing(samples, baseline, n)
+    given = {MODEL: samples, **({BASELINE: baseline} if baseline is not None else {})}
+    shared, apart = (
+        draw_counts(n, config.resamples, generator(seed, label)) for label in ("images", "held-out images")
+    )
+    reference = real_images(dataset, n)
+    with context.progress(1 + 3 * len(given), "fid", "step") as bar:
+        real = image_set("held-out images", reference, apart, network, context)
         bar.update()
-        fake = network.extract(samples.images[:n])
-        bar.update()
-        distance = frechet_distance_of_features(real, fake)
-        difference, interval, image_error = None, None, None
-        if baseline is not None:
-            if baseline.images.shape[1:] != samples.images.shape[1:]:
-                raise LineageError(
-                    f"a baseline of images {tuple(baseline.images.shape[1:])}", "take samples of the same image size"
-                )
-            if baseline.seed != samples.seed or len(baseline.images) < n:
-                raise LineageError(
-                    f"a baseline of {len(baseline.images)} images with seed {baseline.seed}, samples with seed {samples.seed}",
-                    "sample both with the same --seed and --count",
-                )
-            base = network.extract(baseline.images[:n])
-            difference = distance - frechet_distance_of_features(real, base)
-            interval = difference_interval(
-                fake, base, real, generator(seed, "bootstrap"), config.resamples, tick=bar.update
-            )
-            image_error = float(
-                (to_unit_range(samples.images[:n]) - to_unit_range(baseline.images[:n])).square().mean()
-            )
+        sets = {}
+        for role, one in given.items():
+            sets[role] = image_set(role, one.images[:n], shared, network, context)
             bar.update()
+        results = distribution_metrics(real, sets, bar.update)
+    with context.soft_stop() as stop_requested:
+        results["fid"] = frechet_metric(real, sets, Ledger(context, stop_requested))
+    difference, interval, image_error = None, None, None
+    if baseline is not None:
+        (row,) = differences({"fid": results["fid"]}, 1, (), n, LEVEL)
+        difference, interval = row.difference, (row.low, row.high)
+        shift = to_unit_range(samples.images[:n]) - to_unit_range(baseline.images[:n])
+        image_error = float(shift.square().mean())
+    ours = sets[MODEL].features.cpu()
+    infinity = None
+    if enough_images(ours):
+        infinity = frechet_infinity(real.features.cpu(), ours, generator(seed, "subsets"))
     return FidResult(
-        fid=distance,
+        fid=results["fid"][MODEL].value,
         n=n,
         features=network.name,
         features_sha256=network.sha256,
-        dimension=real.shape[1],
+        dimension=real.features.shape[1],
         reference=f"{dataset.name}, {n} of {len(dataset.reference)} held-out images",
         seed=samples.seed,
         image_mean=float(samples.images[:n].double().mean()) / 127.5 - 1,
@@ -83,4 +73,36 @@ def fid(
         difference=difference,
         interval=interval,
         image_error=image_error,
+        fid_infinity=infinity,
+        measures=measures(results, LEVEL),
     )
+
+
+def _count(samples: SampleSet, dataset: Dataset, config: FidConfig) -> int:
+    """How many images of each side are taken."""
+    reference = dataset.reference
+    if samples.images.shape[1:] != reference.shape[1:]:
+        raise DataError(
+            f"samples of shape {tuple(samples.images.shape[1:])} against images of {tuple(reference.shape[1:])}",
+            "compare with the data set the model was trained on",
+        )
+    fewest = min(len(samples.images), len(reference))
+    if config.count > fewest:
+        raise ConfigError(
+            f"{config.count} images asked for; there are {len(samples.images)} samples and {len(reference)} held-out images",
+            "lower --count, or take a larger data set",
+        )
+    return config.count or fewest
+
+
+def _check_pairing(samples: SampleSet, baseline: SampleSet, n: int) -> None:
+    """Raise LineageError unless the first ``n`` images of both come from the same noise."""
+    if baseline.images.shape[1:] != samples.images.shape[1:]:
+        raise LineageError(
+            f"a baseline of images {tuple(baseline.images.shape[1:])}", "take samples of the same image size"
+        )
+    if baseline.seed != samples.seed or len(baseline.images) < n:
+        raise LineageError(
+            f"a baseline of {len(baseline.images)} images with seed {baseline.seed}, samples with seed {samples.seed}",
+            "sample both with the same --seed and --count",
+        )

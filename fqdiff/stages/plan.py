@@ -3,51 +3,53 @@
 Of the rules, candidates are the weight tensors (two axes or more) of the six blocks. Biases and norms, being few, stay
 float32; the stem and the head stay high: they belong to no block group, and low precision at the image is known to ruin it.
 Only ``uniform`` lowers their weights too.
+
+Where single elements or output channels are held against thresholds, those of one tensor may ask for many formats, and a tensor
+is stored in two at most: :func:`ways_of_storing` gives none of them a narrower one than it asks for.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fqdiff.configs import PlanConfig, PluginPlanConfig
+from fqdiff.configs import WHOLE_RUN, PlanConfig, PluginPlanConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks, split_weights
 from fqdiff.planning.activations import activation_formats
 from fqdiff.planning.phases import make_phased_plan
-from fqdiff.planning.plans import find_measured, make_offer, make_plan
+from fqdiff.planning.plans import check_target, find_measured, make_offer, make_plan
 from fqdiff.planning.plugins import chosen_formats, find_plugin
-from fqdiff.planning.scores import fisher_importance, with_gain
-from fqdiff.quant.container import file_bytes, metadata, stored_tensors
+from fqdiff.planning.scores import fisher_importance, trajectory_importance, with_gain
 from fqdiff.quant.formats import (
     CASTS,
     Format,
     Grain,
+    Granularity,
     PerChannel,
     PerElement,
     PerGroup,
     PerOutput,
     PerTensor,
     get_format,
-    parse_granularity,
-    scales_of,
     without_zero_point,
 )
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
 from fqdiff.quant.rounding import NEAREST, SQUANT
-from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
+from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, planned_bytes
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
 INFINITE = float("inf")
 Scores = Mapping[str, float]
 Values = Mapping[str, Tensor]  # Fisher values that a threshold is held against: of the tensor, [1], or of each element
 Rule = tuple[tuple[float, ...], str]  # thresholds, falling, one fewer than formats, and where they come from
+Asked = Mapping[Format, int]  # formats, widest first, and how many of a tensor's values ask for each
 
 
 def plan_by_gain(
@@ -84,6 +86,7 @@ def plan(
     gram, refine and the rival scores; its training images and ``seed`` make their calibration inputs.
     """
     if config.strategy == "budget":
+        check_target(checkpoint, config, fisher is not None and bool(fisher.weights))
         offer = make_offer(checkpoint, fisher, config, seed, context, dataset)
         if config.phases > 1:
             assert fisher is not None
@@ -115,7 +118,10 @@ def plan(
             raise LineageError("the Fisher table is of another model", "run fqdiff fisher on this checkpoint")
         candidates = [name for name in weights if blocks[name] in BLOCKS]
         if config.by_element or config.by_output:
-            importance = fisher_importance(fisher, part_weighting(config), checkpoint.spec.noise_schedule(), shapes)
+            if config.at == WHOLE_RUN:
+                importance = trajectory_importance(fisher, shapes)
+            else:
+                importance = fisher_importance(fisher, part_weighting(config), checkpoint.spec.noise_schedule(), shapes)
             values = {name: 2 * importance[name].flatten() for name in candidates}
             if config.by_output:
                 values = {name: channel_means(2 * importance[name], axes[name]) for name in candidates}
@@ -124,20 +130,21 @@ def plan(
         rules = RULES[config.strategy](values, blocks, config)
 
     decisions = {name: decide(name, shape, values, rules, formats) for name, shape in shapes.items()}
-    scaled = {name: (shapes[name], axes[name]) for name, (fmt, *_) in decisions.items() if not fmt.is_cast}
+    scaled = {
+        name: (shapes[name], axes[name])
+        for name, (asked, *_) in decisions.items()
+        if not all(fmt.is_cast for fmt in asked)
+    }
     grains = granularities(scales, config.scale, scaled, split_weights(network))
     entries = []
-    for name, (chosen, kept, thresholds, rule) in decisions.items():
-        granularity: Grain = grains.get(name, PerTensor())
-        if kept and config.by_output:
-            channels = scales_of(granularity)
-            shared = channels if isinstance(channels, PerChannel | PerGroup) else PerChannel(axes[name])
-            granularity = PerOutput(kept, formats[0].name, shared)
-        elif kept:
-            granularity = PerElement(kept, formats[0].name, scales_of(granularity))
-        size = stored_bytes(shapes[name], chosen, granularity)
-        if kept and size >= (whole := stored_bytes(shapes[name], formats[0], PerTensor())):
-            chosen, granularity, size = formats[0], PerTensor(), whole
+    for name, (asked, thresholds, rule) in decisions.items():
+        scale = grains.get(name, PerTensor())
+        casts = [fmt for fmt in formats if fmt.is_cast] if config.by_element else []
+        ways = [
+            (stored_bytes(shapes[name], fmt, granularity), fmt, granularity)
+            for fmt, granularity in ways_of_storing(asked, scale, PerChannel(axes[name]), casts)
+        ]
+        size, chosen, granularity = min(ways, key=lambda way: way[0])  # of equals the first: all of it in one format
         finite = thresholds[0] if thresholds and thresholds[0] != INFINITE else None
         entries.append(
             PlanEntry(
@@ -155,7 +162,7 @@ def plan(
             )
         )
     weighting = part_weighting(config) if config.by_element or config.by_output else Plan.timestep_weights
-    return Plan(config.strategy, tuple(entries), predicted_file_bytes(checkpoint, entries), timestep_weights=weighting)
+    return Plan(config.strategy, tuple(entries), planned_bytes(checkpoint.spec, entries), timestep_weights=weighting)
 
 
 def plan_by_plugin(
@@ -208,7 +215,7 @@ def plan_by_plugin(
                 bytes=stored_bytes(tuple(tensor.shape), chosen, granularity),
             )
         )
-    return Plan(plugin.words, tuple(entries), predicted_file_bytes(checkpoint, entries))
+    return Plan(plugin.words, tuple(entries), planned_bytes(checkpoint.spec, entries))
 
 
 def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
@@ -224,8 +231,16 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
         )
     if config.scale != PlanConfig.scale and all(f.is_cast for f in used):
         raise ConfigError(f"{names} have no scales to store in {config.scale}", "leave it out, or use e.g. int4")
+    if not any(f.is_integer for f in used):
+        for setting, told in (("--rounding", config.rounding != NEAREST), ("--range", bool(config.ranges))):
+            if told:
+                raise ConfigError(
+                    f"{setting} is about integer codes, and says nothing about {names}",
+                    "leave it out, or use an integer format such as int4",
+                )
     if config.by_element and not formats[0].is_cast:
-        raise ConfigError(f"single elements kept in {formats[0].name}", f"--high, a cast: {', '.join(CASTS)}")
+        where = "begin the ladder with" if config.ladder else "--high,"
+        raise ConfigError(f"single elements kept in {formats[0].name}", f"{where} a cast: {', '.join(CASTS)}")
     return tuple(map(without_zero_point, formats)) if config.symmetric else formats
 
 
@@ -236,39 +251,59 @@ def channel_means(values: Tensor, axis: int) -> Tensor:
 
 def part_weighting(config: PlanConfig) -> str:
     """The timestep weights that average the Fisher values of elements or channels as ``config.at`` says."""
-    return "uniform" if config.at == "mean" else f"at:{config.at}"
+    return "uniform" if config.at in ("mean", WHOLE_RUN) else f"at:{config.at}"
 
 
 def decide(
     name: str, shape: tuple[int, ...], values: Values, rules: Mapping[str, Rule], formats: tuple[Format, ...]
-) -> tuple[Format, int, tuple[float, ...], str]:
-    """Format of one parameter, how many of its elements or channels are in the widest one, the thresholds and the rule in words.
+) -> tuple[Asked, tuple[float, ...], str]:
+    """The formats that one parameter asks for, the thresholds and the rule in words.
 
-    A value takes the widest format whose threshold it reaches. Some are in the widest where some reach it and some do not. No
-    thresholds where none decided.
+    Each of its values, one for the tensor or one for each element or channel, asks for the widest format whose threshold it
+    reaches. No thresholds where none decided.
     """
     if name in rules:
         thresholds, rule = rules[name]
         if name not in values:
-            return formats[-1], 0, thresholds, rule
+            return {formats[-1]: 1}, thresholds, rule
         below = [int((values[name].double() < threshold).sum()) for threshold in thresholds]
-        count = values[name].numel()
-        kept = count - below[0] if 0 < below[0] < count else 0
-        return formats[sum(n > 0 for n in below)], kept, thresholds, rule
+        counts = [more - less for more, less in pairwise([values[name].numel(), *below, 0])]
+        return {fmt: n for fmt, n in zip(formats, counts, strict=True) if n}, thresholds, rule
     if len(shape) >= 2:
-        return formats[0], 0, (), "stem and head stay high"
-    return get_format("float32"), 0, (), "biases and norms stay float32"
+        return {formats[0]: 1}, (), "stem and head stay high"
+    return {get_format("float32"): 1}, (), "biases and norms stay float32"
 
 
-def predicted_file_bytes(checkpoint: Checkpoint, entries: Iterable[PlanEntry]) -> int:
-    """Size of the file that holds ``entries``, header included, to the byte."""
-    described = {e.parameter: (e.shape, get_format(e.format), parse_granularity(e.granularity)) for e in entries}
-    return file_bytes(stored_tensors(described), metadata(model_description(checkpoint.spec), described))
+def ways_of_storing(
+    asked: Asked, scale: Granularity, by_channel: PerChannel, casts: Sequence[Format]
+) -> Iterator[tuple[Format, Grain]]:
+    """Formats and granularities in which no element or output channel gets a narrower format than it asks for.
+
+    All in the widest one that is asked for; or, for each narrower one, those that ask for no more in it, and the others in a
+    wider one: the widest asked for, of elements, given ``casts`` (widest first), the narrowest of these that is no narrower.
+    ``by_channel``: the scales of output channels where ``scale`` is one that two formats cannot share.
+    """
+    widest, *others = asked
+    yield widest, PerTensor() if widest.is_cast else scale
+    wider = 0
+    for above, fmt in zip(asked, others, strict=False):
+        wider += asked[above]
+        if casts:
+            high = [cast for cast in casts if cast.bits >= widest.bits][-1]
+            yield fmt, PerElement(wider, high.name, PerTensor() if fmt.is_cast else scale)
+        else:
+            yield fmt, PerOutput(wider, widest.name, scale if isinstance(scale, PerChannel | PerGroup) else by_channel)
 
 
 def read_scores(table: FisherTable, at: str) -> dict[str, float]:
-    """Fisher value of each parameter (mean over its elements) at one timestep, or averaged over all of them."""
-    if at == "mean":
+    """Fisher value of each parameter, mean over its elements: at one timestep, over all, or of a sampler's whole run."""
+    if at == WHOLE_RUN:
+        if not table.trajectory:
+            raise ConfigError(
+                f"the {table.kind} Fisher table holds no sampler run", "--at mean, or fqdiff fisher --kind trajectory"
+            )
+        scores = {name: entry.mean for name, entry in table.trajectory.items()}
+    elif at == "mean":
         scores = {name: float(entry.mean.mean()) for name, entry in table.entries.items()}
     else:
         found = (table.timesteps == int(at)).nonzero().flatten()
@@ -276,7 +311,8 @@ def read_scores(table: FisherTable, at: str) -> dict[str, float]:
             near = int(table.timesteps[(table.timesteps - int(at)).abs().argmin()])
             raise ConfigError(
                 f"the Fisher table has no timestep {at}",
-                f"the nearest is {near}: --at {near}, or fqdiff fisher with more timesteps",
+                f"the nearest is {near}: --at {near}, "
+                + ("or --at run" if table.trajectory else "or fqdiff fisher with more timesteps"),
             )
         scores = {name: float(entry.mean[found[0]]) for name, entry in table.entries.items()}
     for name, score in scores.items():

@@ -11,13 +11,13 @@ from fqdiff.calibration.reparameterize import reparameterized
 from fqdiff.calibration.requirements import check_weights, normed_inputs
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, LineageError
+from fqdiff.errors import ArtifactCorrupt, ConfigError, LineageError, QuantizationError
 from fqdiff.models.registry import build
 from fqdiff.planning.scores import default_score, table_importance, with_gain
 from fqdiff.quant.elements import choose_kept
 from fqdiff.quant.formats import PerOutput, get_format, parse_granularity
 from fqdiff.quant.packed import pack_tensor
-from fqdiff.values import CalibrationSet, Checkpoint, FisherTable, Plan, QuantizedCheckpoint
+from fqdiff.values import CalibrationSet, Checkpoint, FisherTable, Plan, QuantizedCheckpoint, planned_bytes
 
 
 def quantize_by_gain(
@@ -74,12 +74,18 @@ def quantize(
 
     ``fisher`` is the plan's own table, where it fits ranges to it. Biases are corrected, and all that is stored distilled, on
     sampler runs drawn with ``seed``. Raises LineageError where the plan's parameters are not the checkpoint's or the table is
-    missing, ConfigError for either with phases, for distilling kept elements, QuantizationError on NaN or overflow.
+    missing, ArtifactCorrupt where its entries make a file of another size than it promises, ConfigError for either with phases,
+    for distilling kept elements, QuantizationError, which names the tensor, on NaN or overflow.
     """
     check_weights(plan.stored, config, checkpoint.spec.noise_schedule().num_train_timesteps)
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     if {e.parameter: e.shape for e in plan.entries} != shapes:
         raise LineageError("the plan is for another model", "make a plan for this checkpoint: fqdiff plan")
+    if (size := planned_bytes(checkpoint.spec, plan.entries)) != plan.file_bytes:
+        raise ArtifactCorrupt(
+            f"the plan promises a file of {plan.file_bytes:,} bytes, and its entries make one of {size:,}",
+            "it was not written by fqdiff plan, or was edited: make it again with fqdiff plan --force",
+        )
     weights: Mapping[str, Tensor] = {}
     if plan.reads_fisher:
         if fisher is None or (plan.fits_fisher and not fisher.weights):
@@ -98,8 +104,11 @@ def quantize(
             fmt, granularity = get_format(e.format), parse_granularity(e.granularity)
             if isinstance(granularity, PerOutput) and weight is not None and weight.shape != tensor.shape:
                 weight = like_channels(weight, tensor, granularity.scales.axis)
-            kept = choose_kept(tensor, fmt, granularity, weight, plan.kept_by, e.range)
-            packed[e.parameter] = pack_tensor(tensor, fmt, granularity, e.range, e.rounding, weight, kept)
+            try:
+                kept = choose_kept(tensor, fmt, granularity, weight, plan.kept_by, e.range)
+                packed[e.parameter] = pack_tensor(tensor, fmt, granularity, e.range, e.rounding, weight, kept)
+            except QuantizationError as error:
+                raise QuantizationError(f"'{e.parameter}': {error.message}", error.hint) from None
             bar.update()
     if config.distill:
         packed = distill(checkpoint, packed, config, seed, context)

@@ -80,7 +80,9 @@ def make_units(model: Model, config: SampleConfig, seed: int, context: Context, 
     # The bar counts what is still to do: units found would pass for a speed that was never reached.
     with context.progress(len(todo) * config.steps, "sample", "image-step") as bar, torch.inference_mode():
         # Every batch is filled up to the same size: another would mean other kernels, and other last bits.
-        size = min(context.batch_size or batch_that_fits(network, model.spec, config, context), config.count)
+        size = min(context.batch_size, config.count) or even_size(
+            config.count, batch_that_fits(network, model.spec, config, context)
+        )
         for start in range(0, len(todo), size):
             ks = todo[start : start + size]
             made = make_images(predict, model.spec, config, seed, context, ks, size, bar, error)
@@ -89,6 +91,14 @@ def make_units(model: Model, config: SampleConfig, seed: int, context: Context, 
                 unit = missing.pop(0)
                 images = torch.stack([done.pop(k) for k in unit.members])
                 context.parts.save(unit.name, Part({"images": images}, {"members": list(unit.members)}))
+
+
+def even_size(count: int, largest: int) -> int:
+    """Size of batches of at most ``largest`` that ``count`` images fill with the least left over: 60 for 120, and not 100.
+
+    Of the whole set, not of what a stopped run or a shard has still to do: in all of them an image has a batch of the same size.
+    """
+    return -(-count // -(-count // largest))
 
 
 def make_images(

@@ -10,11 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqdiff.configs import ACTIVATION_FORMATS, PREDICTORS, RANGES, ROUNDINGS
+from fqdiff.configs import ACTIVATION_FORMATS, PREDICTORS, RANGES, ROUNDINGS, SCORES, STRATEGIES, TIMESTEP_WEIGHTS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
-from fqdiff.evidence.comparison import BASELINE, DISTRIBUTION, FLOOR, PAIRED, compared, measured, model_roles
+from fqdiff.evidence.comparison import (
+    BASELINE,
+    DISTRIBUTION,
+    FLOOR,
+    MODEL,
+    NETWORK,
+    PAIRED,
+    compared,
+    measured,
+    model_pairs,
+    model_roles,
+)
 from fqdiff.evidence.decisions import VERDICTS
 from fqdiff.evidence.digits import DigitClassifier
+from fqdiff.groups import PLACES
 from fqdiff.models.registry import build, skip_boundaries
 from fqdiff.quant.activations import SCALE, ZERO_POINT, Activation, check_activations, described_activations
 from fqdiff.quant.container import SCHEMA, metadata, part_name
@@ -51,7 +63,9 @@ from fqdiff.viz.plots import loss_curve
 
 GRID_IMAGES = 100
 PLAN_SCHEMA = 3
-COMPARISON_SCHEMA = 2
+COMPARISON_SCHEMA = 3
+PLUGIN = re.compile(r".+ of [^\s]+ [^\s]+")  # a strategy, its distribution and version: fqdiff.planning.plugins
+CONSTRAINTS = ("none", "budget", "max-loss-increase", "traffic", "budget and traffic")
 LABEL_LIMIT = 65_536
 
 
@@ -151,7 +165,8 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     with readable(path, "a checkpoint"):
         spec = _model_spec(meta, {name: tuple(t.shape) for name, t in tensors.items()})
     for name in tensors:
-        _take(tensors, path, name, torch.float32, tensors[name].ndim)
+        weights = _take(tensors, path, name, torch.float32, tensors[name].ndim)
+        _expect(bool(torch.isfinite(weights).all()), path, f"'{name}' holds NaN or infinity")
     path = directory / "history.safetensors"
     history, _ = read_tensors(path)
     _expect_names(history, path, "loss", "preview")
@@ -165,9 +180,8 @@ def load_checkpoint(directory: Path) -> Checkpoint:
 
 
 def save_plan(value: Plan, directory: Path) -> None:
-    totals = {"file_bytes": value.file_bytes, "parameters": value.parameters, "bits_per_weight": value.bits_per_weight}
     budget = asdict(value.budget) if value.budget is not None else None
-    head = {"schema": PLAN_SCHEMA, "strategy": value.strategy, "totals": totals, "budget": budget}
+    head = {"schema": PLAN_SCHEMA, "strategy": value.strategy, "totals": _totals(value), "budget": budget}
     head |= {"phases": asdict(value.phases)} if value.phases is not None else {}
     head["timestep_weights"] = value.timestep_weights
     head |= {"activations": dict(value.activations)} if value.activations else {}
@@ -180,6 +194,10 @@ def save_plan(value: Plan, directory: Path) -> None:
             "give fewer formats to choose from",
         )
     (directory / "plan.json").write_text(content)
+
+
+def _totals(plan: Plan) -> dict[str, int | float]:
+    return {"file_bytes": plan.file_bytes, "parameters": plan.parameters, "bits_per_weight": plan.bits_per_weight}
 
 
 def load_plan(directory: Path) -> Plan:
@@ -197,12 +215,16 @@ def load_plan(directory: Path) -> Plan:
         activations = {site: text(name) for site, name in mapping(data.get("activations", {})).items()}
         if not set(activations.values()) <= set(ACTIVATION_FORMATS):
             raise ValueError("it has activations in an unknown format")
-        size = count(mapping(data["totals"])["file_bytes"])
+        totals = mapping(data["totals"])
+        size = count(totals["file_bytes"])
         value = Plan(text(data["strategy"]), entries, size, budget, phases, weights, activations)
         if not entries or len({e.parameter for e in entries}) < len(entries):
             raise ValueError("it has no entries, or several for one parameter")
         if value.file_bytes < sum(e.bytes for e in entries):
             raise ValueError(f"its file of {value.file_bytes} bytes is smaller than its entries")
+        if totals != _totals(value):
+            raise ValueError("its totals are not those of its entries")
+        _check_strategy(value)
         _check_budget(budget, value)
         _check_phases(value)
         return value
@@ -223,6 +245,20 @@ def _check_phases(plan: Plan) -> None:
         raise ValueError("it predicts something less than 0")
 
 
+def _check_strategy(plan: Plan) -> None:
+    if plan.strategy not in STRATEGIES and PLUGIN.fullmatch(plan.strategy) is None:
+        raise ValueError(f"its strategy is '{plan.strategy[:50]}'")
+    if (plan.strategy == "budget") != (plan.budget is not None):
+        raise ValueError(f"it is by {plan.strategy[:50]}, and {'has' if plan.budget is not None else 'lacks'} a budget")
+    for e in plan.entries:
+        weighed = e.predicted is not None and e.constraint is not None and bool(e.alternatives)
+        told = e.predicted is not None or e.constraint is not None or bool(e.alternatives)
+        if plan.budget is None and told:
+            raise ValueError(f"'{e.parameter}' was weighed against others, and there is no budget")
+        if plan.budget is not None and (not weighed or e.threshold is not None):
+            raise ValueError(f"'{e.parameter}' was not weighed against others, and there is a budget")
+
+
 def _check_budget(budget: Budget | None, plan: Plan) -> None:
     # What a tensor does beside others may be good: only with cross terms can a prediction be less than 0.
     gram = budget is not None and budget.predictor == "gram"
@@ -232,6 +268,12 @@ def _check_budget(budget: Budget | None, plan: Plan) -> None:
         return
     if budget.predictor not in PREDICTORS:
         raise ValueError(f"its predictor is '{budget.predictor[:20]}'")
+    if budget.score not in SCORES or TIMESTEP_WEIGHTS.fullmatch(budget.timestep_weights) is None:
+        raise ValueError(f"its score is '{budget.score[:20]}', timesteps weighted by '{budget.timestep_weights[:20]}'")
+    if budget.constraint not in CONSTRAINTS or any(
+        e.constraint not in ("none", budget.constraint) for e in plan.entries
+    ):
+        raise ValueError(f"its constraint is '{budget.constraint[:20]}', or entries name another one")
     if (budget.swaps is None) == gram or (budget.diagonal is None) == gram or (budget.lower_bound is None) != gram:
         raise ValueError(f"its search does not fit the predictor {budget.predictor}")
     if (budget.measured is None) != (budget.evaluations == 0) or (budget.measured or 0.0) < 0:
@@ -243,6 +285,11 @@ def _check_budget(budget: Budget | None, plan: Plan) -> None:
     predicted = sum(e.predicted or 0.0 for e in plan.entries)
     if abs(predicted - budget.predicted) > 1e-6 * abs(predicted):
         raise ValueError(f"its entries are predicted {predicted:g}, the whole {budget.predicted:g}")
+    if budget.max_loss_increase is not None and predicted > budget.max_loss_increase * (1 + 1e-6):
+        raise ValueError(f"it is predicted {predicted:g}, over its limit of {budget.max_loss_increase:g}")
+    reached = predicted if budget.max_loss_increase is None else plan.file_bytes
+    if budget.lower_bound is not None and not 0 <= budget.lower_bound <= reached * (1 + 1e-6):
+        raise ValueError(f"it reaches {reached:g}, below its lower bound of {budget.lower_bound:g}")
 
 
 def _plan_entry(data: Any) -> PlanEntry:
@@ -250,6 +297,8 @@ def _plan_entry(data: Any) -> PlanEntry:
     fmt, granularity = get_format(entry.format), parse_granularity(entry.granularity)
     if fmt.is_cast and scales_of(granularity) != PerTensor():
         raise ValueError(f"'{entry.parameter}' is {fmt.name}, which has no scales, by {granularity}")
+    if entry.block not in PLACES or (entry.score or 0.0) < 0:
+        raise ValueError(f"'{entry.parameter}' is in block {entry.block[:20]}, with a Fisher value of {entry.score}")
     if entry.range not in RANGES or entry.rounding not in ROUNDINGS:
         raise ValueError(f"'{entry.parameter}' has range {entry.range[:20]} and rounding {entry.rounding[:20]}")
     size = stored_bytes(entry.shape, fmt, granularity)
@@ -427,7 +476,16 @@ def save_metrics(value: FidResult, directory: Path) -> None:
 def load_metrics(directory: Path) -> FidResult:
     path = directory / "metrics.json"
     with readable(path, "a FID result"):
-        return record(FidResult, read_json(path))
+        value = record(FidResult, read_json(path))
+        places = [(m.metric, m.of) for m in value.measures]
+        known = {(metric, of) for metric in DISTRIBUTION for of in (MODEL, BASELINE)}
+        if len(set(places)) < len(places) or not known >= set(places):
+            raise ValueError("it measures something twice, or something unknown")
+        if any(not m.low <= m.value <= m.high or m.standard_error < 0 for m in value.measures):
+            raise ValueError("a value is outside of its interval")
+        if ("fid", MODEL) not in places or value.measure("fid").value != value.fid:
+            raise ValueError("its FID is not the one that it measured")
+        return value
 
 
 def save_comparison(value: Comparison, directory: Path) -> None:
@@ -455,10 +513,6 @@ def _check_comparison(value: Comparison) -> None:
     measures = [(metric, role) for metric in metrics for role in measured(metric, value.models, floor)]
     if sorted((m.metric, m.of) for m in value.measures) != sorted(measures):
         raise ValueError("it lacks a measure, or has one too many")
-    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
-    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
-    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
-        raise ValueError("it lacks a difference, or has one too many")
     if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
         raise ValueError("it has a verdict or a p-value that cannot be")
     roles = model_roles(value.models)
@@ -470,6 +524,12 @@ def _check_comparison(value: Comparison) -> None:
             raise ValueError("its curves have points of their own")
         for curve in curves:
             _check_curve(curve)
+    pairs = [(metric, *pair) for metric in metrics for pair in compared(metric, value.models)]
+    pairs += [(metric, FLOOR, BASELINE) for metric in metrics if floor and metric not in PAIRED]
+    for metric, curves in zip(NETWORK, (value.noise_error, value.divergence), strict=True):
+        pairs += [(metric, *pair) for pair in model_pairs([curve.of for curve in curves])]
+    if sorted((d.metric, d.of, d.against) for d in value.differences) != sorted(pairs):
+        raise ValueError("it lacks a difference, or has one too many")
     if bool(value.divergence) != bool(value.sampler):
         raise ValueError(f"it has {len(value.divergence)} sampler runs, of the sampler '{value.sampler[:50]}'")
 

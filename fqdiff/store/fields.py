@@ -13,9 +13,9 @@ AXES_LIMIT = 8
 ELEMENT_LIMIT = 2**40
 
 
-def text(value: Any) -> str:
-    """A string of bounded length that can be written as UTF-8."""
-    if not isinstance(value, str) or len(value) > TEXT_LIMIT:
+def text(value: Any, limit: int = TEXT_LIMIT) -> str:
+    """A string of at most ``limit`` characters that can be written as UTF-8."""
+    if not isinstance(value, str) or len(value) > limit:
         raise _not(value, "text")
     value.encode()  # half a surrogate pair is a ValueError, as it would be when printed
     return value

@@ -20,7 +20,7 @@ HINT = f"give a {FILE} that fqdiff wrote, the folder of such an artifact, or the
 def load_model(ref_or_path: str | os.PathLike[str], store: str | os.PathLike[str] | None, cache: bool) -> nn.Module:
     """What :func:`fqdiff.load` promises."""
     if is_path(ref_or_path):
-        file = _file_at(Path(ref_or_path))
+        file = file_at(Path(ref_or_path))
     else:
         opened = Store(Path(store or os.environ.get("FQDIFF_STORE") or DEFAULT_STORE))
         manifest = opened.resolve(str(ref_or_path), MODEL_KINDS)
@@ -40,7 +40,7 @@ def is_path(ref_or_path: str | os.PathLike[str]) -> bool:
     return name.endswith(".safetensors") or name in ("", ".", "..") or (folder != "" and folder not in KINDS)
 
 
-def _file_at(given: Path) -> Path:
+def file_at(given: Path) -> Path:
     """The model file at a path that a user names, which may lead through links; in a folder its manifest vouches for it."""
     with readable(given, "a readable file", HINT):
         path = given.resolve()

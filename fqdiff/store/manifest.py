@@ -30,6 +30,7 @@ ID_LENGTH = 16
 ID_PATTERN = re.compile(rf"[0-9a-f]{{{ID_LENGTH}}}")
 FILE_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")
 FILE_NAME_LIMIT = 100
+SETTINGS_LIMIT = 1_000_000  # characters of a settings file
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The recipe, and how and when it was carried out."""
+    """The recipe, and how and when it was carried out.
+
+    ``settings``: the text of the TOML file that the command was given, if it was.
+    """
 
     recipe: Recipe
     id: str
@@ -87,6 +91,7 @@ class Manifest:
     environment: Mapping[str, Any]
     seconds: float
     peak_memory: int
+    settings: str = ""
 
     @property
     def kind(self) -> str:
@@ -146,6 +151,7 @@ def from_json(data: Any, where: Path) -> Manifest:
             mapping(given["environment"]),
             number(given["seconds"]),
             count(given["peak_memory"]),
+            text(given.get("settings", ""), SETTINGS_LIMIT),  # which manifests of earlier versions lack
         )
         if manifest.kind not in KINDS or not ID_PATTERN.fullmatch(manifest.id):
             raise ValueError(f"kind {manifest.kind!r}, id {manifest.id!r}")

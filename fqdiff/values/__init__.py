@@ -29,7 +29,7 @@ from fqdiff.values.models import (
     model_description,
     predict_noise,
 )
-from fqdiff.values.plans import Alternative, Budget, Phases, Plan, PlanEntry
+from fqdiff.values.plans import Alternative, Budget, Phases, Plan, PlanEntry, planned_bytes
 
 __all__ = [
     "Alternative",
@@ -62,5 +62,6 @@ __all__ = [
     "WeightBin",
     "error_std",
     "model_description",
+    "planned_bytes",
     "predict_noise",
 ]

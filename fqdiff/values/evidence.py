@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fqdiff.digests import tensor_digest
-from fqdiff.evidence.comparison import Difference, Measure
+from fqdiff.evidence.comparison import MODEL, Difference, Measure
 from fqdiff.evidence.digits import DigitClassifier, in_batches
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 
@@ -59,12 +59,13 @@ class ClassifierWeights:
 
 @dataclass(frozen=True)
 class FidResult:
-    """A Fréchet distance with all it depends on.
+    """A Fréchet distance, and the metrics of its kind, with all they depend on.
 
     ``n`` images on each side; ``image_mean`` and ``reference_mean`` are mean pixels in [-1, 1]. ``confidence``: mean top-1
     confidence, for classifier features. Where a baseline sample set of the same seed was given: ``difference`` of the two
     FIDs with its 95 % paired bootstrap ``interval``, and ``image_error``, the mean squared difference between pixels (in
-    [-1, 1]) of images made from the same noise.
+    [-1, 1]) of images made from the same noise. ``fid_infinity``: FID extrapolated to infinitely many images, where there are
+    enough for it. ``measures``: every metric of ``model1``, these samples, and of ``baseline``, with 95 % intervals.
     """
 
     fid: float
@@ -80,6 +81,12 @@ class FidResult:
     difference: float | None = None
     interval: tuple[float, float] | None = None
     image_error: float | None = None
+    fid_infinity: float | None = None
+    measures: tuple[Measure, ...] = ()
+
+    def measure(self, metric: str, of: str = MODEL) -> Measure:
+        """The value of ``metric`` ``of`` one role. Raises KeyError."""
+        return {(m.metric, m.of): m for m in self.measures}[metric, of]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Plans, and all that explains them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
+from fqdiff.quant.container import model_bytes
 from fqdiff.quant.elements import BY_FISHER, BY_RISE
 from fqdiff.quant.formats import Format, Grain, Mixed, PerElement, PerOutput, get_format, parse_granularity
 from fqdiff.quant.ranges import FISHER
+from fqdiff.values.models import ModelSpec, model_description
 
 
 @dataclass(frozen=True)
@@ -161,3 +163,9 @@ class Plan:
     def bits_per_weight(self) -> float:
         """All bits of the file, header included, over the number of weights."""
         return 8 * self.file_bytes / self.parameters
+
+
+def planned_bytes(spec: ModelSpec, entries: Iterable[PlanEntry]) -> int:
+    """Size of the file that holds ``entries`` of the model ``spec``, header included, to the byte."""
+    described = {e.parameter: (e.shape, get_format(e.format), parse_granularity(e.granularity)) for e in entries}
+    return model_bytes(model_description(spec), described)

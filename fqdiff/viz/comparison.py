@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from fqdiff.evidence.comparison import model_roles
 from fqdiff.values import Comparison
-from fqdiff.viz.figures import COLOURS, GREY, despine, new_figure, plain
+from fqdiff.viz.figures import GREY, SAME, TOLD, despine, left_title, new_figure, plain
 
 ROW, MARGIN = 0.35, 1.9  # inches: of one model, and of all else
 
@@ -25,10 +25,10 @@ def intervals(value: Comparison, labels: Mapping[str, str], artifact: str) -> Fi
     errors = [value.measure("image_mse", role) for role in roles]
     fids = [value.pair("fid", role, "baseline") for role in roles]
     for place, error, fid in zip(places, errors, fids, strict=True):
-        colour = COLOURS[3] if fid.verdict == "not distinguishable" else COLOURS[4]
+        colour = SAME if fid.verdict == "not distinguishable" else TOLD
         if error.value > 0:
-            left.plot([max(error.low, error.value / 10), error.high], [place, place], color=COLOURS[3], linewidth=1.5)
-            left.plot(error.value, place, "o", color=COLOURS[3], markersize=5)
+            left.plot([max(error.low, error.value / 10), error.high], [place, place], color=SAME, linewidth=1.5)
+            left.plot(error.value, place, "o", color=SAME, markersize=5)
         else:
             left.annotate("identical images", (0.02, float(place)), xycoords=("axes fraction", "data"), va="center")
         right.plot([fid.low, fid.high], [place, place], color=colour, linewidth=1.5)
@@ -50,5 +50,5 @@ def intervals(value: Comparison, labels: Mapping[str, str], artifact: str) -> Fi
     for axes in (left, right):
         despine(axes)
         axes.grid(axis="x", color="#e8e8e8", linewidth=0.6)
-    figure.suptitle(f"N = {value.n}, features {plain(value.features)}, {value.level:.0%} intervals", fontsize=11)
+    left_title(figure, f"N = {value.n}, features {plain(value.features)}, {value.level:.0%} intervals")
     return figure

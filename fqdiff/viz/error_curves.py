@@ -27,12 +27,27 @@ def both_curves(value: Comparison, labels: Mapping[str, str], artifact: str) -> 
 
 
 def one_panel(curves: Sequence[Curve], value: Comparison, labels: Mapping[str, str]) -> Figure:
-    """Either of the two alone, for a page."""
-    figure = new_figure(8, HEIGHT)
+    """Either of the two alone, for a page, which has title and legend beside it."""
+    figure = new_figure(7, HEIGHT)
     axes = figure.add_subplot()
     (noise_panel if curves is value.noise_error else run_panel)(axes, value, labels)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
+    axes.set_title("")
     return figure
+
+
+def curve_style(number: int) -> tuple[str, str]:
+    """Colour and line of the curve of that number, from 0; after six the colours return with another line."""
+    return COLOURS[(3 - number) % 6], LINES[number // 6 % len(LINES)]
+
+
+def noise_title(value: Comparison) -> str:
+    """What the curves of noise errors show."""
+    return f"Noise predicted for {value.noise_error[0].samples} held-out images at each t"
+
+
+def run_title(value: Comparison) -> str:
+    """What the curves of divergence show."""
+    return f"{value.divergence[0].samples} runs, {plain(value.sampler)}"
 
 
 def limits(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -46,7 +61,7 @@ def noise_panel(axes: Axes, value: Comparison, labels: Mapping[str, str]) -> Non
     """Error of the noise predicted for held-out images, over timesteps."""
     _draw(axes, value.noise_error, value.level, labels)
     axes.set(xlabel="timestep t", ylabel=f"1/2 |eps - eps of {plain(labels[BASELINE], 20)}|², summed over pixels")
-    axes.set_title(f"Noise predicted for {value.noise_error[0].samples} held-out images at each t", fontsize=10)
+    axes.set_title(noise_title(value), fontsize=10)
 
 
 def run_panel(axes: Axes, value: Comparison, labels: Mapping[str, str]) -> None:
@@ -55,7 +70,7 @@ def run_panel(axes: Axes, value: Comparison, labels: Mapping[str, str]) -> None:
     axes.set(
         xlabel="sampler step (0: noise)", ylabel=f"mean squared distance of x from {plain(labels[BASELINE], 20)}'s"
     )
-    axes.set_title(f"{value.divergence[0].samples} runs, {plain(value.sampler)}", fontsize=10)
+    axes.set_title(run_title(value), fontsize=10)
 
 
 def _draw(axes: Axes, curves: Sequence[Curve], level: float, labels: Mapping[str, str]) -> None:
@@ -68,7 +83,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], level: float, labels: Mapping[str
         middle = np.array([p.value if p.value > 0 else np.nan for p in curve.points])
         half = np.array([half_width(p.standard_error, level) for p in curve.points])
         highest = max(highest, float(np.nanmax(middle + half, initial=0.0)))
-        colour, line = COLOURS[(3 - number) % 6], LINES[number // 6 % len(LINES)]
+        colour, line = curve_style(number)
         same = "" if curve.mean > 0 else " (identical)"
         axes.fill_between(at, np.maximum(middle - half, low / 2), middle + half, color=colour, alpha=0.2, linewidth=0)
         marker = "o" if len(at) <= FEW else ""

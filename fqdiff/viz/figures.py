@@ -27,6 +27,7 @@ GREY = "#c8c8c8"
 
 # Okabe and Ito's palette (Color Universal Design, 2008), told apart by colour-blind readers; its yellow is too faint on white.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+SAME, TOLD = COLOURS[3], COLOURS[4]  # of models: not told from the baseline, told apart; orange means nothing else
 ENDS = {"stem": "#000000", "head": "#808080"}
 LINES = ("-", "--", "-.", ":")
 
@@ -46,6 +47,11 @@ def new_figure(width: float, height: float, artifact: str = "") -> Figure:
     figure.set_layout_engine("constrained", rect=(0, corner, 1, 1 - corner))
     figure.text(0.995, 0.03 / height, plain(artifact, 100), ha="right", fontsize=7, color="#606060")
     return figure
+
+
+def left_title(figure: Figure, text: str) -> None:
+    """A title that begins where the figure does: on a small screen, which shows its left part first, it is read."""
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11)
 
 
 def render(figure: Figure, image_format: str) -> bytes:

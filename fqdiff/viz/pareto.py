@@ -1,6 +1,6 @@
 """Bytes against quality: which models nothing else beats at their size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
@@ -9,12 +9,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from fqdiff.evidence.comparison import BASELINE, model_roles
 from fqdiff.values import Comparison
-from fqdiff.viz.figures import COLOURS, GREY, despine, new_figure, plain
+from fqdiff.viz.figures import GREY, SAME, TOLD, despine, left_title, new_figure, plain
 
 HALO = 22  # points: what the pointer can hit around a dot
 LINE, LETTER = 10, 4.7  # points: height of a label, width of a letter
 APART = 32  # points: how far a label may stand from its dot
 MIB = 2**20
+UNTOLD = "not distinguishable"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def fid_dots(value: Comparison, file_bytes: Mapping[str, int]) -> list[Dot]:
 def pareto(value: Comparison, labels: Mapping[str, str], file_bytes: Mapping[str, int], artifact: str) -> Figure:
     """File size against image error on the left and FID minus the baseline's on the right, with intervals.
 
-    On the left a line joins what nothing beats; on the right there is none, since a FID below the baseline's is no gain.
+    On the left a line joins what nothing beats, and what something beats is hollow; on the right there is no such line, since a
+    FID below the baseline's is no gain: orange is what FID tells from the baseline.
     ``file_bytes``: by role, where known. The gids of dots are ``image_mse-ROLE`` and ``fid-ROLE``.
     """
     figure = new_figure(10, 4.4, artifact)
@@ -65,40 +67,45 @@ def pareto(value: Comparison, labels: Mapping[str, str], file_bytes: Mapping[str
     best = front(errors)
     left.step([d.size / MIB for d in best], [d.value for d in best], where="post", **FRONT)
     base = plain(labels[BASELINE])
-    identical = "; at the bottom: identical" if any(d.value <= bottom for d in errors) else ""
-    left.set(xlabel="file size, MiB", ylabel=f"image MSE to {base}, same noise{identical}")
-    right.set(xlabel="file size, MiB", ylabel=f"FID minus {base}'s")
+    notes = ["hollow: another is no larger, and nearer"] if len(best) < len(errors) else []
+    notes += ["at the bottom: identical"] if any(d.value <= bottom for d in errors) else []
+    left.set(xlabel="file size, MiB" + (f"\n({'; '.join(notes)})" if notes else ""))
+    left.set_ylabel(f"image MSE to {base}, same noise")
+    right.set(xlabel="file size, MiB\n(orange: told apart)", ylabel=f"FID minus {base}'s")
     right.axhline(0, color="black", linewidth=0.8)
     if value.floor_seed is not None:
         floor = value.pair("fid", "floor", BASELINE)
         half = (floor.high - floor.low) / 2
         right.axhspan(-half, half, color=GREY, alpha=0.4, linewidth=0, zorder=0)
-        right.set_xlabel("file size, MiB\n(grey: other noise alone)")
+        right.set_xlabel("file size, MiB\n(orange: told apart; grey: other noise alone)")
+    told = {d.of for d in value.differences if (d.metric, d.against) == ("fid", BASELINE) and d.verdict != UNTOLD}
     sizes = [file_bytes[role] / MIB for role in file_bytes if role == BASELINE or role in {d.role for d in errors}]
     for axes, metric, dots in ((left, "image_mse", errors), (right, "fid", fids)):
         _size_axis(axes, sizes)
-        _draw(axes, metric, dots, {d.role for d in best})
+        _draw(axes, metric, dots, {d.role for d in dots} - {d.role for d in best} if axes is left else set(), told)
         if BASELINE in file_bytes:
             axes.axvline(file_bytes[BASELINE] / MIB, color="#808080", linestyle=":", linewidth=1)
             axes.annotate(
                 base, (file_bytes[BASELINE] / MIB, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8
             )
-    figure.suptitle(f"N = {value.n}, features {plain(value.features)}, {value.level:.0%} intervals", fontsize=11)
+    left_title(figure, f"N = {value.n}, features {plain(value.features)}, {value.level:.0%} intervals")
     figure.draw_without_rendering()  # labels stand apart in points, so the layout has to be known
     for axes, dots in ((left, errors), (right, fids)):
         _name(axes, sorted(dots, key=lambda d: (d.role not in {b.role for b in best}, d.value, d.role)), labels)
     return figure
 
 
-FRONT: Mapping[str, object] = {"color": COLOURS[4], "linewidth": 1, "linestyle": "--", "zorder": 1}
+FRONT: Mapping[str, object] = {"color": "#606060", "linewidth": 1, "linestyle": "--", "zorder": 1}
 
 
-def _draw(axes: Axes, metric: str, dots: Sequence[Dot], best: set[str]) -> None:
+def _draw(axes: Axes, metric: str, dots: Sequence[Dot], hollow: Set[str], told: Set[str]) -> None:
+    """Dots with intervals; those of roles in ``hollow`` are, and of FID those in ``told`` have a colour of their own."""
     for dot in dots:
-        colour = COLOURS[4] if dot.role in best else COLOURS[3]
+        colour = TOLD if metric == "fid" and dot.role in told else SAME
+        face = "#ffffff" if dot.role in hollow else colour
         x = dot.size / MIB
         axes.plot([x, x], [dot.low, dot.high], color=colour, linewidth=1.5)
-        axes.plot(x, dot.value, "o", color=colour, markersize=6)
+        axes.plot(x, dot.value, "o", color=colour, markerfacecolor=face, markersize=6)
         axes.plot(x, dot.value, "o", markersize=HALO, alpha=0.0, gid=f"{metric}-{dot.role}", zorder=9)
 
 
