@@ -36,6 +36,15 @@ class Bundle:
     split_weights: bool = False
 
     @property
+    def plan_settings(self) -> dict[str, object]:
+        """Settings of a plan of integers that suits it, beside their format: what the plan's defaults are not."""
+        return {
+            **({"ranges": self.ranges} if self.ranges not in ((), ("min-max",)) else {}),
+            **({"rounding": self.roundings[0]} if self.roundings not in ((), ("nearest",)) else {}),
+            **({"granularity": "split"} if self.split_weights else {}),
+        }
+
+    @property
     def is_of_activations(self) -> bool:
         """Whether it sets, and asks for, nothing but what is about activations."""
         return not (

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from filelock import Timeout
 
 import fqdiff
 from fqdiff import distributed
+from fqdiff.configs import config_data
 from fqdiff.context import Context, peak_memory
 from fqdiff.errors import LineageError
 from fqdiff.store.codecs import CODECS
@@ -103,7 +104,9 @@ STAGES: Mapping[str, Stage] = {
         "quantized", "fqdiff.stages.reconstruct:reconstruct_temporal_first", ("checkpoint", "model", "calibration")
     ),
     "activations": Stage(
-        "quantized", "fqdiff.stages.activations:quantize_activations", ("checkpoint", "model", "calibration")
+        "quantized",
+        "fqdiff.stages.activations:quantize_planned_activations",
+        ("checkpoint", "model", "calibration", "plan"),
     ),
     "temporal-scales": Stage(
         "quantized", "fqdiff.stages.temporal_scales:learn_temporal_scales", ("checkpoint", "model", "calibration")
@@ -156,7 +159,7 @@ class Step:
             for role in stage.roles(self.inputs)
             if (source := self.inputs.get(role)) is not None
         )
-        return Recipe(stage.kind, self.stage, stage.schema, tuple(given), _plain(asdict(self.config)), self.seed)
+        return Recipe(stage.kind, self.stage, stage.schema, tuple(given), _plain(config_data(self.config)), self.seed)
 
     @property
     def kind(self) -> str:

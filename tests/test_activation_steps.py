@@ -21,6 +21,7 @@ from fqdiff.configs import (
     PlanConfig,
     QuantizeConfig,
     StepsConfig,
+    config_data,
 )
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.errors import ConfigError, LineageError, NumericalError
@@ -198,7 +199,7 @@ def test_nan_is_refused_and_an_exact_block_is_left() -> None:
     with torch.no_grad():
         exact = as_measured(data, layer)
     learned = learn_block(
-        layer, {"x": quantizer}, exact, t, note, FEW, generator(0, "d"), lambda n, text: told.append(text)
+        layer, {"x": quantizer}, exact, t, note, FEW, generator(0, "d"), tell=lambda n, text: told.append(text)
     )
     assert (told, learned.errors) == (["exact"], (0.0,))
 
@@ -302,6 +303,29 @@ def test_a_stopped_run_ends_alike_and_the_seed_matters(
         parts.save(name, broken)
         with pytest.raises(ConfigError, match="another recipe"):
             learn_activation_steps(checkpoint, start, calibration, FEW, 0, Context(parts=parts))
+
+
+def test_minutes_shorten_the_schedule_and_a_recipe_without_them_is_what_it_was(
+    checkpoint: Checkpoint, start: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks a second when it is read. Rejects a schedule that is cut off, its rate still high, and new ids."""
+    assert config_data(StepsConfig()) == {"iterations": 100, "batch": 16, "rate": 0.02, "inputs": 1024}
+    config = StepsConfig(iterations=100_000, batch=4, inputs=16, minutes=4.0)
+    assert config_data(config)["minutes"] == 4.0
+    clock, rates = iter(range(10**9)), []
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    step = torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    learn_activation_steps(checkpoint, start, calibration, config, 0, Context())
+    assert next(clock) < 300  # a few ticks for each block beside its share
+    falls = [k for k in range(1, len(rates)) if rates[k] > rates[k - 1]]
+    assert len(falls) >= 10
+    assert all(rates[k - 1] < 0.5 * config.rate for k in falls)
 
 
 def test_what_cannot_be_learned_is_refused_by_name(

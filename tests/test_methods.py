@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fqdiff.configs import ActivationConfig, CalibrateConfig
 from fqdiff.diffusion.samplers import sampling_timesteps
 from fqdiff.methods import METHODS
 from fqdiff.quant.timestep_bias import interval_of
+from fqdiff.store.store import Store
 from fqdiff.treatment import feasible
 from tests.test_cli import call, good
 
@@ -26,6 +28,7 @@ PLANS = {"q-diffusion": "split", "squant": "squant", "ptq4dm": "by-mse", "fisher
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods") / "store"
     good(folder, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "5", "--name", "one")
+    good(folder, "fisher", "--kind", "trajectory", "--samples", "2", "--steps", "2")
     good(folder, "fisher", "--timesteps", "3")
     good(folder, "plan", "--uniform", "int4", "--name", "int4")
     good(folder, "plan", "--uniform", "int4", "--rounding", "squant", "--name", "squant")
@@ -169,6 +172,82 @@ def test_what_is_there_is_found_without_a_look_at_its_inputs(store: Path, monkey
     assert good(store, "quantize", "int4")["id"] == made["id"]
 
 
+BY_HAND: dict[str, tuple[str, ...]] = {
+    "linear": ("--uniform", "int4"),
+    "squant": ("--uniform", "int4", "--rounding", "squant"),
+    "ptq4dm": ("--uniform", "int4", "--range", "mse"),
+    "q-diffusion": ("--uniform", "int4", "--granularity", "split"),
+    "ptqd": ("--uniform", "int4"),
+    "tdq": ("--uniform", "int4"),
+    "tfmq": ("--uniform", "int4"),
+    "fisher": ("--target-bpw", "4"),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_of_a_checkpoint_a_method_is_what_its_commands_make(store: Path, name: str) -> None:
+    """Every id is that of the plan, the set and the model made by hand. Rejects a plan with other defaults than fqdiff plan's."""
+    scheme = METHODS[name].bundle.scheme or "uniform"
+    found: Any = good(
+        store, "quantize", "one", "--method", name, "--weights", "int4", *INT8, "--dry-run", "--seed", "7"
+    )
+    table = () if name != "fisher" else (_tables(store)["trajectory"],)
+    assert found["plan"] == good(store, "plan", *(table or ("one",)), *BY_HAND[name], "--dry-run")["id"]
+    few = Store(store).resolve(str(found["calibration"]), ("calibration",))
+    assert few.recipe.config["scheme"] == scheme or not METHODS[name].bundle.scheme
+
+
+def _tables(store: Path) -> dict[str, str]:
+    return {str(m.recipe.config["kind"]): m.id for m in Store(store).manifests("fisher")}
+
+
+def test_of_a_checkpoint_what_is_missing_is_made_and_named(store: Path, tmp_path: Path) -> None:
+    """A store with a checkpoint alone. Rejects a set of another scheme, and one that is made where nothing learns from it."""
+    alone = Path(shutil.copytree(store, tmp_path / "store"))
+    for kind in ("plan", "calibration", "quantized"):
+        shutil.rmtree(alone / kind, ignore_errors=True)
+    config = tmp_path / "few.toml"
+    config.write_text("[calibrate]\nsteps = 4\ntimesteps = 3\nsamples = 2\n")
+    command = ("quantize", "one", "--method", "ptq4dm", *INT8, "--config", str(config), "--seed", "3")
+    shown = call(alone, *command, "--dry-run")
+    assert "plan: uniform int8, for ptq4dm, " in shown.stderr
+    assert "calibration: ndtc of that checkpoint, " in shown.stderr
+    assert not [*alone.glob("plan/*"), *alone.glob("calibration/*")]
+    made: Any = good(alone, *command)
+    assert made["id"] in shown.stdout
+    by_hand = good(alone, "calibrate", "one", "--scheme", "ndtc", "--config", str(config), "--seed", "3", "--dry-run")
+    assert by_hand["exists"]
+    assert good(alone, "plan", "one", "--uniform", "int8", "--range", "mse", "--dry-run")["exists"]
+    again = good(alone, "quantize", "latest", "--method", "ptq4dm", *INT8, "--seed", "3", "--dry-run")
+    assert (again["id"], again["calibration"]) == (made["id"], by_hand["id"])
+    weights: Any = good(alone, "quantize", "one", "--method", "linear", "--dry-run")
+    assert weights["calibration"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("one",), "without a plan that says how to quantize it"),
+        (("int4", "--weights", "int8"), "--weights of a plan, which says them itself"),
+        (("int4", "--method", "linear", "--weights", "int8"), "--weights of a plan, which says them itself"),
+        (("one", "--method", "linear", "--weights", "int9"), "unknown format 'int9'"),
+        (("one", "--method", "linear", "--weights", "codebook4"), "linear is about integers"),
+        (("one", "--method", "ptqd", "--noise-intervals", "50", "--calibration", "uniform"), "46 of 50 intervals"),
+        (("one", "--method", "repq", *INT8), "silu stands between"),
+        (("other", "--method", "fisher"), "no Fisher table of checkpoint"),
+    ],
+)
+def test_of_a_checkpoint_bad_input_is_named_before_a_plan_is_made(
+    store: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "6", "--name", "other")
+    before = sorted(store.rglob("*"))
+    refused = call(store, "quantize", *arguments)
+    assert refused.exit_code in (1, 2)
+    assert message in refused.stderr.splitlines()[-2]
+    assert sorted(store.rglob("*")) == before
+
+
 def test_a_flag_goes_over_its_method(store: Path) -> None:
     common = ("int4", "--activations", "int8", "--calibration", "uniform", "--dry-run")
     made = good(store, "quantize", *common, "--method", "tfmq", "--activation-intervals", "4")
@@ -235,4 +314,20 @@ def test_every_method_has_its_section_with_an_equation() -> None:
     assert list(sections) == NAMES
     for name, text in sections.items():
         assert " = " in text
+        assert re.findall(r"!\[[^\]]+\]\(images/methods/(\S+)\.svg\)", text) == [name]
         assert name == "fisher" or METHODS[name].paper.rpartition("arXiv:")[2] in text
+
+
+def test_every_picture_of_a_method_is_there_and_drawn_by_the_script() -> None:
+    """The page names one for each method, above. Rejects a picture that nobody names, and colours that a dark page hides."""
+    docs = Path(__file__).parent.parent / "docs"
+    files = {path.stem: path for path in (docs / "images" / "methods").iterdir()}
+    assert {path.suffix for path in files.values()} == {".svg"}
+    drawn = re.findall(
+        r'^    "([a-z0-9-]+)": [a-z0-9_]+,$', (docs / "generate_method_pictures.py").read_text(), re.MULTILINE
+    )
+    assert sorted(files) == sorted(drawn) == sorted(NAMES)
+    for path in files.values():
+        content = path.read_text()
+        assert len(content) < 60_000
+        assert not re.search(r"(fill|stroke): (#000000|#ffffff|black|white)", content)

@@ -252,6 +252,7 @@ def test_a_plan_that_turns_out_not_to_suit_fails_its_cell_and_no_other(base: Pat
             SET + PLAN + "ranges = ['mse']\n[[quantize]]\nmethod = 'ptq4dm'\nactivations = 'int8'\n",
             "ptq4dm calibrates by ndtc",
         ),
+        (PLAN + "activations = 'int8'\n", "a sweep's plan with formats of activations"),
         ("[calibration.a]\nsamples = 0\n" + PLAN, "calibration.a: samples is 0"),
         ("[calibration.a]\nscheme = 'fisher'\n" + PLAN, "calibration.a: which of 0 Fisher tables?"),
         ("[calibration.a]\nfisher = 'loss'\n[fisher.loss]\n" + PLAN, "'uniform' has no use for a Fisher table"),

@@ -265,7 +265,7 @@ def learn_block(
             decide(rows, beta)
         step += 1
         tell(1, f"error x {lowest:.3f}")
-        progress = _progress(step, config.iterations, started, deadline)
+        progress = share_done(step, config.iterations, started, deadline)
         if step % every and progress < 1:
             continue
         codes = {name: r.codes() for name, r in roundings.items()}
@@ -278,7 +278,7 @@ def learn_block(
     return Learned(best, tuple(errors))
 
 
-def _progress(step: int, iterations: int, started: float, deadline: float) -> float:
+def share_done(step: int, iterations: int, started: float, deadline: float) -> float:
     """How much of the schedule is over: by steps, or by the clock where that is further."""
     by_clock = 0.0 if deadline == math.inf else (time.monotonic() - started) / max(deadline - started, 1e-9)
     return max(step / iterations, by_clock)

@@ -10,6 +10,7 @@ Shapes: N inputs, K intervals of timesteps, G scales of a site at one timestep.
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
-from fqdiff.calibration.reconstruct import CHECKS, HELD_OUT, BlockData, capture, spread, that_fit
+from fqdiff.calibration.reconstruct import CHECKS, HELD_OUT, BlockData, capture, share_done, spread, that_fit
 from fqdiff.calibration.requirements import check_enough
 from fqdiff.configs import StepsConfig
 from fqdiff.context import Bar, Context, Part
@@ -69,22 +70,26 @@ def learn_steps(
     blocks = {
         block: sites for block in reconstruction_blocks(network) if (sites := sites_within(network, block, learned))
     }
-    chosen = spread(inputs, config.inputs)
+    chosen, spent = spread(inputs, config.inputs), 0.0
     with context.progress(len(blocks) * config.iterations, "activation steps", "step") as bar:
-        for block, sites in blocks.items():
+        for done, (block, sites) in enumerate(blocks.items()):
+            started = time.monotonic()
             own = {site: learned[site] for site in sites}
             part = context.parts.load(block)
             if part is not None:
-                found = restore(part, own)
+                found, seconds = restore(part, own)
                 bar.update(config.iterations)
             else:
                 fewer = that_fit(full, network, block, chosen, device)
                 data = capture(full, network, block, fewer, device)
+                share = (60 * config.minutes - spent) / (len(blocks) - done) if config.minutes else math.inf
                 draw = generator(seed, "activation steps", block)
                 tell = partial(_tell, bar, block)
                 module = network.get_submodule(block)
-                found = learn_block(module, own, data, fewer.t, note, config, draw, tell).steps
-                context.parts.save(block, Part({site: s.cpu() for site, s in found.items()}, {}))
+                found = learn_block(module, own, data, fewer.t, note, config, draw, started + share, tell).steps
+                seconds = time.monotonic() - started
+                context.parts.save(block, Part({site: s.cpu() for site, s in found.items()}, {"seconds": seconds}))
+            spent += seconds
             for site, quantizer in own.items():
                 quantizer.settle(found[site])
     return {
@@ -98,12 +103,14 @@ def _tell(bar: Bar, block: str, steps: int, text: str) -> None:
     bar.show(f"{block}: {text}")
 
 
-def restore(part: Part, quantizers: Mapping[str, LearnedSteps]) -> Mapping[str, Tensor]:
-    """The steps of a block that is done. Raises ConfigError where they do not fit."""
+def restore(part: Part, quantizers: Mapping[str, LearnedSteps]) -> tuple[Mapping[str, Tensor], float]:
+    """The steps of a block that is done, and the seconds that they took. Raises ConfigError where they do not fit."""
     shapes = {site: (q.ratio.dtype, q.ratio.shape) for site, q in quantizers.items()}
-    if {site: (steps.dtype, steps.shape) for site, steps in part.tensors.items()} != shapes:
+    seconds = part.data.get("seconds", 0.0)
+    found = {site: (steps.dtype, steps.shape) for site, steps in part.tensors.items()}
+    if found != shapes or not isinstance(seconds, float):
         raise ConfigError("the saved activation steps are of another recipe", "start over with --force")
-    return part.tensors
+    return part.tensors, seconds
 
 
 def trainable_network(
@@ -151,11 +158,13 @@ def learn_block(
     note: Note,
     config: StepsConfig,
     draw: torch.Generator,
+    deadline: float = math.inf,
     tell: Callable[[int, str], object] = lambda n, text: None,
 ) -> LearnedBlock:
     """Steps for the ``quantizers`` within ``block``, which is given ``data`` at timesteps ``t`` [N].
 
-    Adam, its rate falling to 0 by half a cosine. ``tell`` is told how many steps of the schedule are done, and how it stands.
+    Adam, its rate falling to 0 by half a cosine. With a ``deadline`` (of time.monotonic) before the end of the schedule it goes
+    by the clock, and is complete by then. ``tell`` is told how many steps of the schedule are done, and how it stands.
     Raises ConfigError for a single input, NumericalError on NaN.
     """
     held = torch.arange(len(t)) % HELD_OUT == 0
@@ -169,10 +178,11 @@ def learn_block(
         tell(config.iterations, "exact")
         return LearnedBlock(best, (0.0,))
     optimizer = torch.optim.Adam([q.ratio for q in quantizers.values()], lr=config.rate)
-    every = math.ceil(config.iterations / CHECKS)
+    every, started = math.ceil(config.iterations / CHECKS), time.monotonic()
     errors, lowest = [1.0], 1.0
-    for step in range(config.iterations):
-        optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * step / config.iterations)) / 2
+    step, progress = 0, 0.0
+    while progress < 1:
+        optimizer.param_groups[0]["lr"] = config.rate * (1 + math.cos(math.pi * progress)) / 2
         rows = trained[torch.randint(len(trained), (config.batch,), generator=draw)]
         arguments, target = data.rows(rows)
         note(t[rows].to(data.target.device))
@@ -181,12 +191,15 @@ def learn_block(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         optimizer.step()
+        step += 1
         tell(1, f"error x {lowest:.3f}")
-        if (step + 1) % every and step + 1 < config.iterations:
+        progress = share_done(step, config.iterations, started, deadline)
+        if step % every and progress < 1:
             continue
         errors.append(output_error(block, data, t, note, held_out) / first)
         if errors[-1] < lowest:
             best, lowest = {site: q.steps().detach().clone() for site, q in quantizers.items()}, errors[-1]
+    tell(config.iterations - step, f"error x {lowest:.3f}")
     return LearnedBlock(best, tuple(errors))
 
 

@@ -10,6 +10,8 @@ from fqdiff.configs import CALIBRATION_SCHEMES, CalibrateConfig, calibration_set
 from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fqdiff.pipeline import Step
+    from fqdiff.store.manifest import Manifest
     from fqdiff.values import CalibrationSet
 
 EXAMPLE = "Example: fqdiff calibrate --scheme uniform --samples 64"
@@ -74,12 +76,11 @@ def calibrate(
     ] = None,
 ) -> None:
     """Record model inputs along the full-precision sampler, to quantize activations with."""
-    from fqdiff.pipeline import Step
-
     checkpoint = session.resolve(model, ("checkpoint",))
-    given = session.given(
-        "calibrate",
-        CalibrateConfig,
+    step = calibration_step(
+        session,
+        checkpoint,
+        fisher,
         scheme=scheme,
         source=source,
         sampler=sampler,
@@ -92,16 +93,7 @@ def calibrate(
         skew=skew,
         precision=precision,
     )
-    total = session.runner.load(checkpoint).spec.noise_schedule().num_train_timesteps
-    config = CalibrateConfig(**calibration_settings(given, total))
-    inputs = {"checkpoint": checkpoint}
-    if config.scheme == "fisher":
-        inputs["fisher"] = of_checkpoint(session, "fisher", checkpoint.id, fisher)
-    elif fisher is not None:
-        raise ConfigError(f"'{config.scheme}' has no use for a Fisher table", "add --scheme fisher, or leave it out")
-    if config.source == "data":
-        inputs["dataset"] = only_input(session, checkpoint, "dataset")
-    manifest = session.make(Step("calibrate", inputs, config, session.seed))
+    manifest = session.make(step)
     if manifest is None:
         return
     value: CalibrationSet = session.runner.load(manifest)
@@ -113,3 +105,23 @@ def calibrate(
         return f"calibration {manifest.id}: {len(value.t):,} inputs at {spread}, {mebibytes(manifest.bytes)}"
 
     session.result({**artifact_data(session.store, manifest), **facts}, text)
+
+
+def calibration_step(session: Session, checkpoint: "Manifest", fisher: str | None = None, **flags: object) -> "Step":
+    """The step that records a set of ``checkpoint``: ``flags`` over the settings file, over the defaults.
+
+    ``fisher``: the table that weighs the timesteps, the latest of the checkpoint where the scheme asks for one.
+    """
+    from fqdiff.pipeline import Step
+
+    given = session.given("calibrate", CalibrateConfig, **flags)
+    total = session.runner.load(checkpoint).spec.noise_schedule().num_train_timesteps
+    config = CalibrateConfig(**calibration_settings(given, total))
+    inputs = {"checkpoint": checkpoint}
+    if config.scheme == "fisher":
+        inputs["fisher"] = of_checkpoint(session, "fisher", checkpoint.id, fisher)
+    elif fisher is not None:
+        raise ConfigError(f"'{config.scheme}' has no use for a Fisher table", "add --scheme fisher, or leave it out")
+    if config.source == "data":
+        inputs["dataset"] = only_input(session, checkpoint, "dataset")
+    return Step("calibrate", inputs, config, session.seed)

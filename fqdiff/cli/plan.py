@@ -1,5 +1,6 @@
 """``fqdiff plan``."""
 
+import re
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from fqdiff.cli.groups import DefaultCommand
 from fqdiff.cli.plan_budget import (
     GRAINS,
     TARGETS,
+    activations_text,
     block_rows,
     budget_config,
     budget_text,
@@ -21,15 +23,27 @@ from fqdiff.cli.plan_budget import (
 from fqdiff.cli.plan_plugin import make_by_plugin, plan_inputs
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
-from fqdiff.configs import FITTED, INTEGERS, OUTPUT, RANGES, RIVALS, ROUNDINGS, SCALES, WHOLE_RUN, PlanConfig
-from fqdiff.errors import ArtifactNotFound, ConfigError
+from fqdiff.configs import (
+    ACTIVATION_FORMATS,
+    FITTED,
+    INTEGERS,
+    OUTPUT,
+    RANGES,
+    RIVALS,
+    ROUNDINGS,
+    SCALES,
+    WHOLE_RUN,
+    PlanConfig,
+)
+from fqdiff.errors import ArtifactNotFound, ConfigError, require
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
     from fqdiff.values import Plan
 
 READS_FISHER = {"at", "low", "high", "ladder", "ladder_step"}
-ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"}
+OF_ACTIVATIONS = {"activations", "wide_activations", "activation_ratio"}
+ANY_STRATEGY = {"granularity", "scale", "symmetric", "ranges", "rounding"} | OF_ACTIVATIONS
 CALIBRATION = {"predictor", "refine", "calibration_timesteps", "calibration_samples"}
 READS_BUDGET = {"score", "timestep_weights", "formats", "ends", "phases", "traffic_bpw"} | CALIBRATION
 OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that strategy reads
@@ -43,6 +57,7 @@ OWN_SETTINGS = {  # the setting that stands for a strategy, and what else that s
 BUDGET = "A byte budget"
 RULES = "Rules of the layer-adaptive paper"
 PLUGINS = "Plug-ins"
+ACTIVATIONS = "Activations"
 
 app = typer.Typer(cls=DefaultCommand, help="Choose a format for every parameter.")
 
@@ -200,7 +215,10 @@ def make(
     ] = None,
     uniform: Annotated[
         str | None,
-        typer.Option(help="Every weight tensor in this format; needs no Fisher values.", rich_help_panel=RULES),
+        typer.Option(
+            help="Every weight tensor in this format, or W4A8: activations too; needs no Fisher values.",
+            rich_help_panel=RULES,
+        ),
     ] = None,
     at: Annotated[
         str | None,
@@ -271,6 +289,24 @@ def make(
         str | None,
         typer.Option(help=f"How codes are chosen: {' or '.join(ROUNDINGS)}.", show_default=f"{PlanConfig.rounding}"),
     ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Also the format of activations: {', '.join(ACTIVATION_FORMATS)}.",
+            show_default="told to fqdiff quantize",
+            rich_help_panel=ACTIVATIONS,
+        ),
+    ] = None,
+    wide_activations: Annotated[
+        str | None,
+        typer.Option(
+            help="Format of the share whose layers have the highest Fisher values.", rich_help_panel=ACTIVATIONS
+        ),
+    ] = None,
+    activation_ratio: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="That share of all that is quantized.", rich_help_panel=ACTIVATIONS),
+    ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="Integers without zero points: int4 becomes int4sym.")
     ] = False,
@@ -310,7 +346,12 @@ def make(
         "symmetric": symmetric or None,
         "ranges": parse_names("--range", range_) if range_ is not None else None,
         "rounding": rounding,
+        "activations": activations,
+        "wide_activations": wide_activations,
+        "activation_ratio": activation_ratio,
     }
+    if uniform is not None:
+        flags |= parse_uniform(uniform, activations)
     given = {name for name, value in flags.items() if value is not None}
     if strategy_name is not None:
         make_by_plugin(session, source, strategy_name, tuple(setting or ()), {name: flags[name] for name in given})
@@ -339,10 +380,11 @@ def make(
         rules = {name: value for name, value in flags.items() if name not in (*TARGETS, *READS_BUDGET)}
         rules |= {"strategy": strategy, "low": rules.pop("uniform") or low}
         config = session.settings("plan", PlanConfig, {}, **rules)
-        inputs = plan_inputs(session, source, config.strategy != "uniform")
-        if config.strategy == "uniform":
+        reads_table = config.strategy != "uniform" or config.activation_ratio > 0
+        inputs = plan_inputs(session, source, reads_table)
+        if not reads_table:
             inputs.pop("fisher", None)
-        elif "at" not in given | from_file.keys() and is_of_runs(inputs["fisher"]):
+        elif config.strategy != "uniform" and "at" not in given | from_file.keys() and is_of_runs(inputs["fisher"]):
             config = replace(config, at=WHOLE_RUN)  # the errors of all steps together are what such a table is about
         planned_formats(config)  # so that a dry run refuses what the plan would
     random = config.score == "random" or config.is_calibrated
@@ -357,6 +399,7 @@ def make(
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
     facts: dict[str, object] = {"budget": vars(value.budget)} if value.budget is not None else {}
     facts |= {"phases": vars(value.phases)} if value.phases is not None else {}
+    facts |= {"activations": dict(value.activations)} if value.activations else {}
     session.result(
         {**artifact_data(session.store, manifest), **totals, **facts, "blocks": rows},
         lambda: (
@@ -387,6 +430,19 @@ def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
                 )
             return strategy if "strategy" not in in_file or given is flags else None
     return None
+
+
+def parse_uniform(text: str, activations: str | None) -> dict[str, object]:
+    """``int4``, or ``W4A8``: weights in 4 bits, activations in 8; 32 stands for float32."""
+    both = re.fullmatch(r"W([0-9]+)A([0-9]+)", text)
+    if both is None:
+        return {"uniform": text}
+    require(activations is None, f"--activations beside {text}, which has its own", "leave it out")
+    weights, codes = both.groups()
+    return {
+        "uniform": "float32" if weights == "32" else f"int{weights}",
+        "activations": None if codes == "32" else f"int{codes}",
+    }
 
 
 def flag(name: str) -> str:
@@ -504,4 +560,4 @@ def plan_text(
         outputs = any(e.granularity.startswith(OUTPUT) for e in value.entries)
         rest += f"; {kept:,} {'weights of single output channels' if outputs else 'single elements'} stay {high}"
     rules = dict.fromkeys(f"{e.rule} (threshold {e.threshold:.3g})" for e in value.entries if e.threshold is not None)
-    return "\n".join([title(manifest, value), table(header, cells), rest, *rules])
+    return "\n".join([title(manifest, value), table(header, cells), rest, *rules, *activations_text(value)])

@@ -1,6 +1,7 @@
 """What ``fqdiff plan`` has for budgets: targets as flags, the table of a plan, and Pareto curves."""
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -17,23 +18,25 @@ if TYPE_CHECKING:
 
 TARGETS = {"target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"}
 MOST_POINTS = 1000
+ACTIVATIONS = ("activations", "wide_activations", "activation_ratio")
 GRAINS = ("tensor", "channel", "group-near:64")  # what a budget chooses from unless it is told otherwise
 PLAIN = {"phases": 1, "rounding": "nearest", "predictor": "diagonal"}  # with which output channels may differ in format
 ONE_FORMAT = ("uniform", "modelopt", "autoround")  # scores of tensors in one format each
 
 
-def budget_config(session: Session, flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
-    """The settings of a budget: flags, then the file, then the score that suits the Fisher table.
+def budget_config(session: Session, given_flags: dict[str, Any], fisher: "Manifest | None") -> PlanConfig:
+    """The settings of a budget: flags, then the file, then the score that suits the Fisher table; a flag may be missing.
 
     A target among the flags replaces that of the file; a grid of targets stands for its first. Raises ConfigError for formats
     that there are not.
     """
     from fqdiff.quant.formats import get_format
 
+    flags = defaultdict(lambda: None, given_flags)
     size, pareto = flags["target_size"], flags["pareto"]
     names = ("score", "timestep_weights", "formats", "ends", "granularity", "scale", "symmetric", "ranges", "rounding")
     others = ("predictor", "refine", "calibration_timesteps", "calibration_samples", "phases", "traffic_bpw")
-    chosen = {name: flags[name] for name in (*names, *others)}
+    chosen = {name: flags[name] for name in (*names, *others, *ACTIVATIONS)}
     for name in (*(chosen["formats"] or ()), *([chosen["ends"]] if chosen["ends"] else [])):
         get_format(name)
     targets = {
@@ -173,6 +176,16 @@ def title(manifest: "Manifest", value: "Plan") -> str:
     return f"plan {manifest.id}: {value.strategy}, {size}"
 
 
+def activations_text(value: "Plan", listed: bool = False) -> list[str]:
+    """How many sites are in which format of activations; ``listed``: also which are in the rarer one."""
+    counts = Counter(value.activations.values()).most_common()
+    if not counts:
+        return []
+    total = f"activations: {', '.join(f'{name} at {count} sites' for name, count in counts)}"
+    rare = [site for site, name in value.activations.items() if name != counts[0][0]]
+    return [total, *([f"{counts[-1][0]}: {', '.join(rare)}"] if rare and listed else [])]
+
+
 def facts_text(value: "Plan") -> list[str]:
     """What the budget was, how much of it is used, and how good the plan is known to be."""
     b = value.budget
@@ -270,4 +283,4 @@ def budget_text(manifest: "Manifest", value: "Plan") -> str:
     cells.append(["header", *([""] * (len(used) + 1)), f"{value.file_bytes - payload:,}", ""])
     cells.append(["file", *([""] * len(used)), f"{value.bits_per_weight:.2f}", f"{value.file_bytes:,}", ""])
     header = ("block", *(f"in {f}" for f in used), "bits per weight", "bytes", "predicted")
-    return "\n".join([title(manifest, value), table(header, cells), *facts_text(value)])
+    return "\n".join([title(manifest, value), table(header, cells), *facts_text(value), *activations_text(value)])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.plan_budget import entry_rows, facts_text, next_better, title
+from fqdiff.cli.plan_budget import activations_text, entry_rows, facts_text, next_better, title
 from fqdiff.cli.session import STORE_OPTIONS, Session, common
 from fqdiff.cli.show import artifact_data, table
 from fqdiff.errors import LineageError
@@ -31,6 +31,7 @@ def show(
     totals = {"strategy": value.strategy, "file_bytes": value.file_bytes, "bits_per_weight": value.bits_per_weight}
     facts = vars(value.budget) if value.budget is not None else None
     phases = {"phases": vars(value.phases)} if value.phases is not None else {}
+    phases |= {"activations": dict(value.activations)} if value.activations else {}
     data = {**artifact_data(session.store, manifest), **totals, "budget": facts, **phases, "entries": entry_rows(value)}
     session.result(data, lambda: show_text(manifest, value))
 
@@ -56,7 +57,15 @@ def show_text(manifest: "Manifest", value: "Plan") -> str:
     for e in value.entries:
         rules[e.rule] = rules.get(e.rule, 0) + 1
     lines = [f"{rule}: {count} parameters" for rule, count in rules.items()]
-    return "\n".join([title(manifest, value), table(header, cells), *facts_text(value), *lines])
+    return "\n".join(
+        [
+            title(manifest, value),
+            table(header, cells),
+            *facts_text(value),
+            *lines,
+            *activations_text(value, listed=True),
+        ]
+    )
 
 
 @common(*STORE_OPTIONS)

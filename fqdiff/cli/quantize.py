@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fqdiff.cli.output import copy_out
-from fqdiff.cli.quantize_steps import (
-    CORRECTION,
-    OF_ACTIVATIONS,
-    STEPS,
-    TEMPORAL,
+from fqdiff.cli.quantize_inputs import (
+    WEIGHTS,
+    calibration_by_method,
     calibration_of,
-    carried_out,
-    requested,
+    check_plan,
+    planned,
+    planned_by_method,
+    with_plan,
 )
+from fqdiff.cli.quantize_steps import CORRECTION, OF_ACTIVATIONS, STEPS, TEMPORAL, carried_out, requested
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data, mebibytes
 from fqdiff.configs import (
@@ -28,7 +29,7 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.errors import ArtifactCorrupt
+from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.methods import get_bundle
 from fqdiff.treatment.request import make_treatment
 
@@ -46,12 +47,23 @@ SCALES_BY_TIME = "Activation scales by time"
 def quantize(
     session: Session,
     source: Annotated[
-        str | None, typer.Argument(help="Plan: name, id or prefix.", show_default="the latest", metavar="[PLAN]")
+        str | None,
+        typer.Argument(
+            help="Plan, or with --method a checkpoint: name, id or prefix.",
+            show_default="the latest plan",
+            metavar="[REF]",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also copy the safetensors file here.")] = None,
     method: Annotated[
         str | None,
         typer.Option(help="A published method's settings, under all others; see fqdiff methods.", show_default="none"),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a checkpoint with --method: the format of its weights, or a budget's bits.", show_default=WEIGHTS
+        ),
     ] = None,
     bias_correction: Annotated[
         str | None,
@@ -145,6 +157,16 @@ def quantize(
             help="Inputs of the calibration set that are used, at most.",
             show_default=f"{ReconstructConfig.inputs}",
             rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1e6,
+            help="Minutes for --reconstruct and --learn-steps together; schedules are shortened to fit.",
+            show_default="as long as it takes",
+            metavar="MINUTES",
         ),
     ] = None,
     reconstruct_minutes: Annotated[
@@ -307,6 +329,14 @@ def quantize(
             rich_help_panel=LEARNED_STEPS,
         ),
     ] = None,
+    steps_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for all blocks; the schedule is shortened to fit.",
+            show_default="as long as it takes",
+            rich_help_panel=LEARNED_STEPS,
+        ),
+    ] = None,
     steps_inputs: Annotated[
         int | None,
         typer.Option(
@@ -342,8 +372,15 @@ def quantize(
         ),
     ] = None,
 ) -> None:
-    """Write the smaller checkpoint that a plan describes."""
-    chosen = session.resolve(source, ("plan",))
+    """Write the smaller checkpoint that a plan, or a method for a checkpoint, describes."""
+    from fqdiff.treatment.steps import activations_of
+
+    chosen = session.resolve(source, ("plan",) if source is None else ("plan", "checkpoint"))
+    if chosen.kind == "checkpoint" and method is None:
+        hint = f"name a method: --method linear; or make a plan: fqdiff plan {chosen.id}"
+        raise ConfigError(f"checkpoint {chosen.id} without a plan that says how to quantize it", hint)
+    if weights is not None and chosen.kind == "plan":
+        raise ConfigError("--weights of a plan, which says them itself", "leave it out, or name a checkpoint")
     flags: dict[str, dict[str, object]] = {
         "quantize": {
             "bias_correction": bias_correction,
@@ -379,6 +416,7 @@ def quantize(
             "batch": steps_batch,
             "rate": steps_rate,
             "inputs": steps_inputs,
+            "minutes": steps_minutes,
         },
         CORRECTION: {"intervals": noise_intervals},
     }
@@ -388,22 +426,35 @@ def quantize(
         STEPS: learn_steps,
         CORRECTION: noise_correction or None,
     }
-    request = requested(session, flags, asked, reparameterize or None, reconstruct_temporal)
+    if chosen.kind == "checkpoint":
+        assert method is not None
+        subject = planned_by_method(session, chosen, method, get_bundle(method), weights)
+    else:
+        subject = planned(session, chosen)
+    request = requested(
+        session, flags, asked, reparameterize or None, reconstruct_temporal, budget, activations_of(subject.plan)
+    )
     treatment = make_treatment(request, method)
-    inputs = calibration_of(session, chosen, treatment, calibration)
+    if chosen.kind == "checkpoint":
+        inputs = calibration_by_method(session, chosen, treatment, calibration, get_bundle(str(method)).scheme)
+    else:
+        inputs = calibration_of(session, subject.checkpoint, treatment, calibration)
     facts: dict[str, object] = {}
     lines: tuple[str, ...] = ()
     if method is not None:
-        from fqdiff.treatment.suits import check_method, traits_of_plan
-
-        check_method(method, traits_of_plan(session.runner.load(chosen)), inputs)
+        check_plan(session, method, subject, inputs)
+        if subject.made is None and not session.dry_run:
+            carried_out(session, subject, treatment, inputs)  # what is to be refused is, before there is a plan
+            subject = with_plan(session, subject)
+            check_plan(session, method, subject, inputs)
         same = get_bundle(method).flags(treatment.activations is not None)
-        facts = {"method": method, "bundle": same}
+        facts = {"method": method, "bundle": same, "plan": subject.plan.id, "calibration": inputs and inputs.id}
         lines = (f"{method} is {' '.join(same)}" if same else f"{method} is its plan, as it is",)
-    manifest = session.make(carried_out(session, chosen, treatment, inputs), facts, lines)
+    manifest = session.make(carried_out(session, subject, treatment, inputs), facts, lines)
     if manifest is None:
         return
-    promised = session.runner.load(chosen).file_bytes
+    assert subject.made is not None
+    promised = session.runner.load(subject.made).file_bytes
     file = manifest.file("model.safetensors")
     added = added_bytes(session, manifest, promised)
     path = session.store.directory(manifest.kind, manifest.id) / file.name

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fqdiff.cli.session import Session, of_checkpoint, only_input
+from fqdiff.cli.quantize_inputs import Planned, calibration_of, planned, timesteps_of
+from fqdiff.cli.session import Session
 from fqdiff.configs import (
     ActivationConfig,
     NoiseCorrectionConfig,
@@ -12,9 +13,9 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ConfigError, require
 from fqdiff.treatment.request import Request, Wish, make_treatment
-from fqdiff.treatment.treatment import Treatment, refuse_calibration
+from fqdiff.treatment.treatment import Treatment
 
 if TYPE_CHECKING:
     from fqdiff.pipeline import Step
@@ -34,10 +35,13 @@ def requested(
     asked: Mapping[str, bool | None] | None = None,
     reparameterize: bool | None = None,
     temporal_first: bool | None = None,
+    minutes: float | None = None,
+    planned_format: str = "",
 ) -> Request:
     """What flags ask of every stage, and under them the settings file, whose tables ask for their stage by being there.
 
-    ``flags``: settings by stage, None where not given; ``asked``: whether a stage is, by flag.
+    ``flags``: settings by stage, None where not given; ``asked``: whether a stage is, by flag. ``minutes``: for all that learns.
+    ``planned_format``: of activations where the plan has it; to ask for another is refused.
     """
     tables = [name for name in RECONSTRUCT if name in session.tables()]
     if len(tables) > 1:
@@ -53,57 +57,48 @@ def requested(
 
     if temporal_first is None and tables == ["reconstruct-temporal"] and asked.get("reconstruct") is not False:
         temporal_first = True
+    activations = session.given("activations", ActivationConfig, **flags.get("activations", {}))
+    if planned_format:
+        require("format" not in activations, "--activations of a plan that has its own", "leave it out")
+        activations["format"] = planned_format
     return Request(
         quantize=session.given("quantize", QuantizeConfig, **flags.get("quantize", {})),
         reparameterize=reparameterize,
         reconstruct=wish("reconstruct", ReconstructConfig, tables[0] if tables else "reconstruct"),
         temporal_first=temporal_first,
-        activations=session.given("activations", ActivationConfig, **flags.get("activations", {})),
+        activations=activations,
         temporal_scales=wish(TEMPORAL, TemporalConfig, TEMPORAL),
         activation_steps=wish(STEPS, StepsConfig, STEPS),
         noise_correction=wish(CORRECTION, NoiseCorrectionConfig, CORRECTION),
+        minutes=minutes or 0.0,
     )
 
 
-def calibration_of(
-    session: Session, plan_manifest: "Manifest", treatment: Treatment, ref: str | None
-) -> "Manifest | None":
-    """The set that ``treatment`` learns from: the one that ``ref`` names, else the latest of the plan's checkpoint.
-
-    None where nothing learns from one; naming one is then refused.
-    """
-    if ref is not None:
-        refuse_calibration(treatment)
-    if not treatment.is_calibrated:
-        return None
-    return of_checkpoint(session, "calibration", only_input(session, plan_manifest, "checkpoint").id, ref)
-
-
 def carried_out(
-    session: Session, plan_manifest: "Manifest", treatment: Treatment, calibration: "Manifest | None"
+    session: Session, subject: Planned, treatment: Treatment, calibration: "Manifest | Step | None"
 ) -> "Step":
-    """The step that carries out a plan on the checkpoint it was made for, with the Fisher tables it was made from.
+    """The step that carries out a plan on the checkpoint it is for.
 
-    Unless the result is there already, raises what one of its stages would raise of the plan, the network or the set.
+    Unless the result is there already, raises what one of its stages would raise of the network, of the set, or of the plan,
+    where that is made.
     """
+    from fqdiff.pipeline import Step
     from fqdiff.treatment.feasible import check_feasible
     from fqdiff.treatment.steps import treated_step
 
-    tables = {
-        role: only_input(session, plan_manifest, role)
-        for role in ("fisher", "trajectory")
-        if plan_manifest.input(role) is not None
-    }
-    checkpoint = only_input(session, plan_manifest, "checkpoint")
-    step = treated_step(checkpoint, plan_manifest, tables, calibration, treatment, session.seed)
+    checkpoint, plan = subject.checkpoint, subject.plan
+    step = treated_step(checkpoint, plan, subject.tables, calibration, treatment, session.seed)
     if session.store.find(step.kind, step.id) is None:
-        load = session.runner.load
-        t = None if calibration is None else load(calibration).t
-        check_feasible(treatment, load(checkpoint).spec, load(plan_manifest), t)
+        made = None if isinstance(plan, Step) else session.runner.load(plan)
+        spec = session.runner.load(checkpoint).spec
+        check_feasible(treatment, spec, made, timesteps_of(session, checkpoint, calibration))
     return step
 
 
 def planned_step(session: Session, plan_manifest: "Manifest") -> "Step":
     """The step that carries out a plan with the settings of the file alone, those of later stages among them."""
-    treatment = make_treatment(requested(session))
-    return carried_out(session, plan_manifest, treatment, calibration_of(session, plan_manifest, treatment, None))
+    from fqdiff.treatment.steps import activations_of
+
+    subject = planned(session, plan_manifest)
+    treatment = make_treatment(requested(session, planned_format=activations_of(plan_manifest)))
+    return carried_out(session, subject, treatment, calibration_of(session, subject.checkpoint, treatment, None))

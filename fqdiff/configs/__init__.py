@@ -50,7 +50,7 @@ from fqdiff.configs.quantize import (
     calibration_settings,
     third_of,
 )
-from fqdiff.configs.recipes import Config, config_from_data
+from fqdiff.configs.recipes import Config, config_data, config_from_data
 
 __all__ = [
     "ACTIVATION_BITS",
@@ -101,6 +101,7 @@ __all__ = [
     "TrainConfig",
     "ValidateConfig",
     "calibration_settings",
+    "config_data",
     "config_from_data",
     "get_preset",
     "quantize_reads_fisher",

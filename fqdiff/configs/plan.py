@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
+from fqdiff.configs.quantize import ACTIVATION_FORMATS
+from fqdiff.configs.recipes import later
 from fqdiff.errors import require
 from fqdiff.groups import parse_groups
 
@@ -48,6 +50,9 @@ class PlanConfig:
     scores in RIVALS, look at ``calibration_samples`` images at each of ``calibration_timesteps``, or, for the trajectory score,
     at sampler runs. With ``phases`` of timesteps, tensors may be read with fewer bits in some, so that a timestep reads at most
     ``traffic_bpw`` bits per weight, averaged over all; 0 for no such limit.
+
+    ``activations``: their format, empty where the plan says nothing of them; of the share ``activation_ratio`` of what is
+    quantized, where Fisher values of layer outputs are highest, ``wide_activations``.
     """
 
     strategy: str = "groups"
@@ -80,6 +85,9 @@ class PlanConfig:
     calibration_samples: int = 4
     phases: int = 1
     traffic_bpw: float = 0.0
+    activations: str = later("")
+    wide_activations: str = later("")
+    activation_ratio: float = later(0.0)
 
     def __post_init__(self) -> None:
         require(self.strategy in STRATEGIES, f"unknown strategy '{self.strategy}'", f"one of: {', '.join(STRATEGIES)}")
@@ -116,10 +124,31 @@ class PlanConfig:
         for name in (*self.formats, self.ends, self.low, self.high):
             require(":" not in name, f"format {name} for all", "--phases 4 chooses bits by phase; give e.g. int6")
         require(self.scale in SCALES, f"unknown scale '{self.scale}'", f"one of: {', '.join(SCALES)}")
+        self._check_activations()
         self._check_elements()
         self._check_outputs()
         self._check_ladder()
         self._check_budget()
+
+    def _check_activations(self) -> None:
+        for name in filter(None, (self.activations, self.wide_activations)):
+            require(
+                name in ACTIVATION_FORMATS,
+                f"unknown activation format '{name}'",
+                f"one of: {', '.join(ACTIVATION_FORMATS)}",
+            )
+        require(0 <= self.activation_ratio <= 1, f"activation_ratio is {self.activation_ratio}", "a share, in [0, 1]")
+        require(
+            bool(self.wide_activations) == (self.activation_ratio > 0),
+            "wider activations without a share that has them, or the other way round",
+            "e.g. --activations int4 --wide-activations int8 --activation-ratio 0.25",
+        )
+        bits = [int("".join(filter(str.isdigit, name)) or 0) for name in (self.activations, self.wide_activations)]
+        require(
+            not self.wide_activations or 0 < bits[0] < bits[1],
+            f"wide activations in '{self.wide_activations}', others in '{self.activations or 'float32'}'",
+            "wide is what has more bits: --activations int4 --wide-activations int8",
+        )
 
     def _check_elements(self) -> None:
         if not self.by_element:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fqdiff.configs.recipes import later
 from fqdiff.errors import require
 
 THIRDS = ("early", "middle", "late")
@@ -152,18 +153,22 @@ class StepsConfig:
     """How the steps of activation quantizers are learned, block by block: ``iterations`` optimizer steps on ``batch`` inputs.
 
     ``rate``: by which share of itself Adam moves a step at first; it falls to 0. ``inputs``: so many of the calibration set at
-    most, evenly spread.
+    most, evenly spread. ``minutes``: how long it may take in all, 0 for as long as it takes.
     """
 
     iterations: int = 100
     batch: int = 16
     rate: float = 0.02
     inputs: int = 1024
+    minutes: float = later(0.0)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch"):
             require(getattr(self, name) >= 1, f"learned steps' {name} is {getattr(self, name)}", "use 1 or more")
         require(self.inputs >= 2, f"learned steps' inputs is {self.inputs}", "use 2 or more, e.g. 1024")
+        require(
+            0 <= self.minutes < float("inf"), f"learned steps' minutes is {self.minutes}", "use 0 (no limit) or more"
+        )
         require(0 < self.rate <= 1, f"learned steps' rate is {self.rate}", "use 0.0001 to 1, e.g. 0.01")
 
 

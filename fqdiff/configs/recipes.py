@@ -1,11 +1,25 @@
-"""Settings out of the plain data of a recipe."""
+"""Settings as the plain data of a recipe, and out of it."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, field, fields
 from typing import Any, TypeVar
 
 from fqdiff.errors import ConfigError
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
+LATER = "later"
+
+
+def later(default: Value) -> Value:
+    """A field that came after artifacts had been made: at its ``default`` it is in no recipe, so that they keep their ids."""
+    return field(default=default, metadata={LATER: True})
+
+
+def config_data(config: Any) -> dict[str, Any]:
+    """``config`` as the plain data of a recipe."""
+    unsaid = {f.name for f in fields(config) if f.metadata.get(LATER) and getattr(config, f.name) == f.default}
+    return {name: value for name, value in asdict(config).items() if name not in unsaid}
 
 
 def config_from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:

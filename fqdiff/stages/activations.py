@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -17,7 +18,21 @@ from fqdiff.quant.activation_sites import OUTPUT, activation_sites, channel_part
 from fqdiff.quant.activations import Activation
 from fqdiff.quant.qparams import QParams
 from fqdiff.quant.timestep_bias import interval_of
-from fqdiff.values import CalibrationSet, Checkpoint, ModelSpec, QuantizedCheckpoint
+from fqdiff.values import CalibrationSet, Checkpoint, ModelSpec, Plan, QuantizedCheckpoint
+
+
+def quantize_planned_activations(
+    checkpoint: Checkpoint,
+    model: QuantizedCheckpoint,
+    calibration: CalibrationSet | None,
+    plan: Plan | None,
+    config: ActivationConfig,
+    seed: int,
+    context: Context,
+) -> QuantizedCheckpoint:
+    """:func:`quantize_activations`, in the formats that ``plan`` has for single sites."""
+    formats = {} if plan is None else plan.activations
+    return quantize_activations(checkpoint, model, calibration, config, seed, context, formats)
 
 
 def quantize_activations(
@@ -27,8 +42,11 @@ def quantize_activations(
     config: ActivationConfig,
     seed: int,
     context: Context,
+    formats: Mapping[str, str] = MappingProxyType({}),
 ) -> QuantizedCheckpoint:
     """``model`` with quantized activations, their ranges taken from what it computes on ``calibration``.
+
+    ``formats`` by site go over ``config.format``.
 
     The weights are the quantized ones, as in Q-Diffusion: ranges are those that sampling will meet, but for the errors of
     the activations themselves. Nothing is random. Raises LineageError where the calibration set is missing or of another
@@ -37,7 +55,7 @@ def quantize_activations(
     """
     if model.activations:
         raise LineageError("the activations of this model are quantized already", "start from its plan")
-    wanted = planned_activations(model.spec, config)
+    wanted = planned_activations(model.spec, config, formats)
     if model.noise_correction is not None:
         raise LineageError("what this model predicts is corrected for activations as they are", "start from its plan")
     if config.dynamic:
@@ -80,18 +98,28 @@ def _with_scales(activation: Activation, fmt: ActivationFormat, rows: list[QPara
     return replace(activation, scale=scale, zero_point=zero_point if fmt.has_zero_points else None)
 
 
-def planned_activations(spec: ModelSpec, config: ActivationConfig) -> dict[str, Activation]:
-    """Format and granularity of every site that ``config`` quantizes, without scales."""
+def planned_activations(
+    spec: ModelSpec, config: ActivationConfig, by_site: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Activation]:
+    """Format and granularity of every site that ``config`` quantizes, without scales; formats ``by_site`` go before its own.
+
+    Raises LineageError where ``by_site`` has sites that the network has not.
+    """
     network = build(spec.architecture, "meta")
     sites = activation_sites(network)
     borders = site_boundaries(sites, skip_boundaries(network)) if config.split_skips else {}
-    formats = {first_layer(network): config.first, OUTPUT: config.last}
+    if not by_site.keys() <= sites.keys():
+        raise LineageError(
+            "the plan's activations are of another model", "make a plan for this checkpoint: fqdiff plan"
+        )
+    formats = {**by_site, first_layer(network): config.first, OUTPUT: config.last}
     if not config.temporal:
         formats |= dict.fromkeys(temporal_layers(network), "")
     found: dict[str, Activation] = {}
     for site in sites:
-        softmax = site.endswith(".softmax")
-        name = softmax_format(config.softmax, config.bits).name if softmax else formats.get(site, config.format)
+        name = formats.get(site, config.format)
+        if site.endswith(".softmax"):
+            name = softmax_format(config.softmax, get_activation_format(name).bits).name
         split = config.granularity == "tensor" and site in borders
         if name:
             found[site] = Activation(name, "split" if split else config.granularity)

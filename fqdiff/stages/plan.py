@@ -9,6 +9,7 @@ is stored in two at most: :func:`ways_of_storing` gives none of them a narrower 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks, split_weights
+from fqdiff.planning.activations import activation_formats
 from fqdiff.planning.phases import make_phased_plan
 from fqdiff.planning.plans import check_target, find_measured, make_offer, make_plan
 from fqdiff.planning.plugins import chosen_formats, find_plugin
@@ -59,8 +61,14 @@ def plan_by_gain(
     seed: int,
     context: Context,
 ) -> Plan:
-    """:func:`plan`; for timestep weights by gain, ``trajectory`` is the table that has measured it."""
-    return plan(checkpoint, with_gain(fisher, trajectory), dataset, config, seed, context)
+    """:func:`plan`, with formats of activations where ``config`` has some.
+
+    For timestep weights by gain, ``trajectory`` is the table that has measured it.
+    """
+    made = plan(checkpoint, with_gain(fisher, trajectory), dataset, config, seed, context)
+    if not config.activations:
+        return made
+    return replace(made, activations=activation_formats(build(checkpoint.spec.architecture, "meta"), fisher, config))
 
 
 def plan(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fqdiff.configs import PREDICTORS, RANGES, ROUNDINGS, SCORES, STRATEGIES, TIMESTEP_WEIGHTS
+from fqdiff.configs import ACTIVATION_FORMATS, PREDICTORS, RANGES, ROUNDINGS, SCORES, STRATEGIES, TIMESTEP_WEIGHTS
 from fqdiff.errors import ArtifactCorrupt, ConfigError
 from fqdiff.evidence.comparison import (
     BASELINE,
@@ -184,6 +184,7 @@ def save_plan(value: Plan, directory: Path) -> None:
     head = {"schema": PLAN_SCHEMA, "strategy": value.strategy, "totals": _totals(value), "budget": budget}
     head |= {"phases": asdict(value.phases)} if value.phases is not None else {}
     head["timestep_weights"] = value.timestep_weights
+    head |= {"activations": dict(value.activations)} if value.activations else {}
     # One line per entry: what was considered stays on it, and a large model's plan within what is read as JSON.
     lines = ",\n".join(json.dumps(asdict(e), allow_nan=False) for e in value.entries)
     content = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}") + f',\n "entries": [\n{lines}\n]}}\n'
@@ -211,8 +212,12 @@ def load_plan(directory: Path) -> Plan:
         weights = text(data.get("timestep_weights", "uniform"))  # which plans of earlier versions lack
         if re.fullmatch(r"uniform|at:[0-9]{1,9}", weights, re.ASCII) is None:
             raise ValueError(f"its timesteps are weighted by '{weights[:20]}'")
+        activations = {site: text(name) for site, name in mapping(data.get("activations", {})).items()}
+        if not set(activations.values()) <= set(ACTIVATION_FORMATS):
+            raise ValueError("it has activations in an unknown format")
         totals = mapping(data["totals"])
-        value = Plan(text(data["strategy"]), entries, count(totals["file_bytes"]), budget, phases, weights)
+        size = count(totals["file_bytes"])
+        value = Plan(text(data["strategy"]), entries, size, budget, phases, weights, activations)
         if not entries or len({e.parameter for e in entries}) < len(entries):
             raise ValueError("it has no entries, or several for one parameter")
         if value.file_bytes < sum(e.bytes for e in entries):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig, PlanConfig, SampleConfig
-from fqdiff.errors import ArtifactCorrupt, FqdiffError
+from fqdiff.errors import ArtifactCorrupt, FqdiffError, require
 from fqdiff.pipeline import External, Runner, Step
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
@@ -124,6 +124,7 @@ def make_cell(
     calibration set does not suit the way to quantize.
     """
     checkpoint, dataset = subject.checkpoint, subject.dataset
+    require(not plan.activations, "a sweep's plan with formats of activations", "give [[quantize]] activations instead")
     if way.method:
         check_method(way.method, traits_of_config(plan), way.calibration)
     read: dict[str, Source] = {}

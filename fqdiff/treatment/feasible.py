@@ -1,6 +1,6 @@
 """Whether a treatment can be carried out, told from its inputs before the first of its stages begins to work."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fqdiff.calibration.requirements import (
     check_enough,
@@ -19,26 +19,31 @@ from fqdiff.treatment.treatment import Treatment
 from fqdiff.values import ModelSpec, Plan
 
 
-def check_feasible(treatment: Treatment, spec: ModelSpec, plan: Plan, t: Tensor | None) -> None:
+def check_feasible(treatment: Treatment, spec: ModelSpec, plan: Plan | None, t: Tensor | None) -> None:
     """Raise what a stage of ``treatment`` would raise of ``plan``, of the network of ``spec``, or of the calibration set.
 
-    ``t`` int64 [N]: the set's timesteps, None without one.
+    ``t`` int64 [N]: the set's timesteps. A plan or a set that is None is not looked at.
     """
     total = spec.noise_schedule().num_train_timesteps
     network = build(spec.architecture, "meta")
-    check_weights(plan.stored, treatment.quantize, total)
     if treatment.reparameterize:
         check_reparameterization(normed_inputs(network))
+    if treatment.temporal_scales is not None:
+        check_temporal_scales(treatment.temporal_scales, total)
+    if plan is not None:
+        _check_formats(treatment, plan, network, total)
+    if t is not None:
+        _check_timesteps(treatment, t, total)
+
+
+def _check_formats(treatment: Treatment, plan: Plan, network: nn.Module, num_train_timesteps: int) -> None:
+    check_weights(plan.stored, treatment.quantize, num_train_timesteps)
     if treatment.reconstruct is not None:
         check_reconstruction(plan.stored)
         if treatment.temporal_first:
             check_temporal(plan.stored, temporal_block(network)[1].values())
-    if treatment.temporal_scales is not None:
-        check_temporal_scales(treatment.temporal_scales, total)
     if treatment.activation_steps is not None:
         check_learned_steps(plan.stored)
-    if t is not None:
-        _check_timesteps(treatment, t, total)
 
 
 def _check_timesteps(treatment: Treatment, t: Tensor, num_train_timesteps: int) -> None:

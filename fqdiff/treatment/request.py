@@ -1,7 +1,7 @@
 """What is asked for, as flags, a settings file or a sweep say it, and the treatment that it makes with a method's settings."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fqdiff.configs import (
@@ -12,12 +12,13 @@ from fqdiff.configs import (
     StepsConfig,
     TemporalConfig,
 )
-from fqdiff.errors import ConfigError
+from fqdiff.errors import ConfigError, require
 from fqdiff.methods import Bundle, get_bundle
 from fqdiff.treatment.treatment import Treatment
 
 Config = TypeVar("Config")
 Settings = Mapping[str, object]
+STEPS_SHARE = 0.25  # of a budget for both: schedules are a tenth as long, but every step passes all quantizers
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of every stage of a treatment. Activations are quantized where their settings name a ``format``."""
+    """What is asked of every stage of a treatment. Activations are quantized where their settings name a ``format``.
+
+    ``minutes``: what learned roundings and learned steps may take together, 0 for as long as they take.
+    """
 
     quantize: Settings = field(default_factory=dict)
     reparameterize: bool | None = None
@@ -40,6 +44,7 @@ class Request:
     temporal_scales: Wish = field(default_factory=Wish)
     activation_steps: Wish = field(default_factory=Wish)
     noise_correction: Wish = field(default_factory=Wish)
+    minutes: float = 0.0
 
 
 def make_treatment(request: Request, method: str | None = None) -> Treatment:
@@ -64,6 +69,14 @@ def make_treatment(request: Request, method: str | None = None) -> Treatment:
         first,
     )
     temporal_first = bundle.temporal_first if request.temporal_first is None else request.temporal_first
+    steps = _stage(
+        StepsConfig,
+        request.activation_steps,
+        bundle.learn_steps and quantized,
+        ("{} of activation steps that are not learned", "add --learn-steps"),
+    )
+    if request.minutes:
+        reconstruct, steps = _within(request.minutes, reconstruct, steps)
     return Treatment(
         quantize=QuantizeConfig(**_any({"distill": bundle.distill, **request.quantize})),
         reparameterize=bundle.reparameterize if request.reparameterize is None else request.reparameterize,
@@ -76,18 +89,31 @@ def make_treatment(request: Request, method: str | None = None) -> Treatment:
             bundle.temporal_scales and quantized,
             ("{} of scales that are no function of time", "add --temporal-scales"),
         ),
-        activation_steps=_stage(
-            StepsConfig,
-            request.activation_steps,
-            bundle.learn_steps and quantized,
-            ("{} of activation steps that are not learned", "add --learn-steps"),
-        ),
+        activation_steps=steps,
         noise_correction=_stage(
             NoiseCorrectionConfig,
             request.noise_correction,
             bundle.noise_correction,
             ("noise {} of a prediction that stays as it is", "add --noise-correction"),
         ),
+    )
+
+
+def _within(
+    minutes: float, reconstruct: ReconstructConfig | None, steps: StepsConfig | None
+) -> tuple[ReconstructConfig | None, StepsConfig | None]:
+    """The configs with so many ``minutes`` for both together. Raises ConfigError where there is neither, or one has its own."""
+    learned = [config for config in (reconstruct, steps) if config is not None]
+    require(bool(learned), "a budget of minutes, and nothing that learns by them", "add --reconstruct or --learn-steps")
+    require(
+        not any(config.minutes for config in learned),
+        "a budget beside minutes of its own for a stage",
+        "give one of them",
+    )
+    of_steps = 0.0 if steps is None else minutes * (1.0 if reconstruct is None else STEPS_SHARE)
+    return (
+        None if reconstruct is None else replace(reconstruct, minutes=minutes - of_steps),
+        None if steps is None else replace(steps, minutes=of_steps),
     )
 
 

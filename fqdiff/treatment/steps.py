@@ -48,7 +48,8 @@ def treated_step(
         step = Step(stage, {**learned, "model": step}, treatment.reconstruct, seed)
     if treatment.activations is not None:
         ranges = {"checkpoint": checkpoint} if treatment.activations.dynamic else learned
-        step = Step("activations", {**ranges, "model": step}, treatment.activations)
+        formats = {"plan": plan} if activations_of(plan) else {}
+        step = Step("activations", {**ranges, **formats, "model": step}, treatment.activations)
     if treatment.temporal_scales is not None:
         step = Step("temporal-scales", {**learned, "model": step}, treatment.temporal_scales, seed)
     if treatment.activation_steps is not None:
@@ -56,6 +57,11 @@ def treated_step(
     if treatment.noise_correction is not None:
         step = Step("noise-correction", {**learned, "model": step}, treatment.noise_correction)
     return step
+
+
+def activations_of(plan: Source) -> str:
+    """The format that a plan has for activations, of several the narrow one; empty where it says nothing of them."""
+    return str(plan.recipe.config.get("activations", ""))
 
 
 def chain_of(step: Step) -> Iterator[Step]:

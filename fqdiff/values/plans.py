@@ -1,7 +1,7 @@
 """Plans, and all that explains them."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -122,7 +122,8 @@ class Phases:
 class Plan:
     """One entry per parameter, kept ones included. ``file_bytes`` is the size of the file that ``quantize`` writes.
 
-    ``timestep_weights``: how timesteps count in the Fisher values of single weights, where no budget says so.
+    ``timestep_weights``: how timesteps count in the Fisher values of single weights, where no budget says so. ``activations``:
+    their formats by site, empty where it says nothing of them.
     """
 
     strategy: str
@@ -131,6 +132,7 @@ class Plan:
     budget: Budget | None = None
     phases: Phases | None = None
     timestep_weights: str = "uniform"
+    activations: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, tuple[Format, Grain]]:
