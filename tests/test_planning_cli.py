@@ -112,7 +112,7 @@ def test_a_table_of_single_weights_reaches_as_far_as_the_hint_says(store: Path) 
         (["--target-bpw", "4", "--formats", "int4,int7"], "unknown format 'int7'"),
         (["--target-bpw", "6", "--ends", "int7"], "unknown format 'int7'"),
         (["--target-bpw", "6", "--ends", "bfloat16"], "none of the formats float32,float16,int8,"),
-        (["--target-size", "10"], "no plan fits 10 bytes"),
+        (["--target-size", "10B"], "no plan fits 10 bytes"),
         (["--target-bpw", "6", "--formats", ""], "--formats names nothing"),
         (["--ratio", "0.5", "--ladder", " , "], "--ladder names nothing"),
         (["--target-bpw", "6", "--range", ""], "--range names nothing"),
