@@ -404,7 +404,7 @@ def test_a_plan_by_gain_fits_ranges_by_it_and_keeps_its_promise(
 
 @pytest.mark.parametrize("name", ["sampler:ddim0", "sampler:ddim", "sampler:ddpm50", "gains", "at:", "at:1x"])
 def test_unknown_timestep_weights_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="unknown timestep_weights"):
+    with pytest.raises(ConfigError, match="unknown timestep weights"):
         config(timestep_weights=name)
 
 
