@@ -19,9 +19,9 @@ from fqdiff.errors import LineageError
 from fqdiff.pipeline import Runner
 from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.packed import pack_tensor
-from fqdiff.store.codecs import write_model
 from fqdiff.store.files import sha256_of, write_atomically
 from fqdiff.store.manifest import Manifest
+from fqdiff.store.model_files import write_model
 from fqdiff.store.sources import dataset_config, load_dataset
 from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint, Dataset, QuantizedCheckpoint

@@ -38,7 +38,7 @@ from fqdiff.stages.calibrate import calibrate
 from fqdiff.stages.noise_correction import correct_noise
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_quantized, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint, predict_noise
 from tests.test_cli import call, good
 from tests.test_reconstruct import as_measured

@@ -49,7 +49,7 @@ from fqdiff.stages.calibrate import calibrate
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.stages.sample import sample
-from fqdiff.store.codecs import load_quantized, quantized_metadata, read_model, save_quantized
+from fqdiff.store.model_files import load_quantized, quantized_metadata, read_model, save_quantized
 from fqdiff.store.pretrained import open_model
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 from tests.test_bias_correction import rewrite

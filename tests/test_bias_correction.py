@@ -24,7 +24,7 @@ from fqdiff.rng import generator
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.stages.sample import sample
-from fqdiff.store.codecs import load_quantized, read_model, save_quantized
+from fqdiff.store.model_files import load_quantized, read_model, save_quantized
 from fqdiff.store.pretrained import open_model
 from fqdiff.store.store import Store
 from fqdiff.values import (

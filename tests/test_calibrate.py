@@ -22,7 +22,7 @@ from fqdiff.errors import ArtifactCorrupt, ConfigError, FqdiffError, LineageErro
 from fqdiff.evidence.features import to_unit_range
 from fqdiff.rng import generator
 from fqdiff.stages.calibrate import calibrate, fisher_mass
-from fqdiff.store.codecs import load_calibration, save_calibration
+from fqdiff.store.model_files import load_calibration, save_calibration
 from fqdiff.values import CalibrationSet, Checkpoint, Dataset, FisherTable, predict_noise
 from tests.test_cli import call, good
 from tests.test_store import tiny_fisher

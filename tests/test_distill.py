@@ -31,7 +31,7 @@ from fqdiff.quant.trainable import trainable
 from fqdiff.rng import generator
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_quantized, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
 from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint, predict_noise
 
 FORMATS = (

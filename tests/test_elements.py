@@ -35,8 +35,9 @@ from fqdiff.quant.packed import PackedTensor, check_layout, check_values, pack_t
 from fqdiff.quant.positions import check_positions, index_bytes, is_bitmap, pack_positions, unpack_positions
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_plan, load_quantized, save_plan, save_quantized
 from fqdiff.store.files import read_tensors, write_tensors
+from fqdiff.store.model_files import load_quantized, save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, FisherTable, Plan, PlanEntry, QuantizedCheckpoint, WeightBin
 from tests.test_quant import read_with_numpy
 

@@ -29,8 +29,8 @@ from fqdiff.quant.formats import PerTensor, get_format
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.modules import PackedParameter, hold_packed
 from fqdiff.quant.packed import PackedTensor, pack_tensor, unpack_tensor
-from fqdiff.store.codecs import read_model, write_model
 from fqdiff.store.loading import is_path
+from fqdiff.store.model_files import read_model, write_model
 from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint, QuantizedCheckpoint
 from tests.test_store import put, tiny_value

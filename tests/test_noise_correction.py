@@ -37,7 +37,7 @@ from fqdiff.stages.noise_correction import correct_noise
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.stages.sample import sample
-from fqdiff.store.codecs import load_quantized, quantized_metadata, save_quantized
+from fqdiff.store.model_files import load_quantized, quantized_metadata, save_quantized
 from fqdiff.store.pretrained import open_model
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint, error_std
 from tests.test_bias_correction import rewrite

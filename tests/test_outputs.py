@@ -34,7 +34,8 @@ from fqdiff.quant.positions import index_bytes
 from fqdiff.quant.trainable import trainable
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_plan, load_quantized, save_plan, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint, WeightBin
 from tests.test_cli import call, good
 from tests.test_quant import cast_value, read_index

@@ -30,7 +30,8 @@ from fqdiff.quant.packing import unpack
 from fqdiff.quant.timestep_bias import add_timestep_bias
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_plan, load_quantized, save_plan, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, FisherTable, Plan, QuantizedCheckpoint
 from tests.test_quant import read_with_numpy
 

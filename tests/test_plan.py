@@ -13,7 +13,7 @@ from fqdiff.quant.formats import get_format, parse_granularity
 from fqdiff.quant.packed import stored_bytes, unpack_tensor
 from fqdiff.stages.plan import mean_minus_deviations, plan, read_scores
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_quantized, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
 from fqdiff.values import Checkpoint, FisherTable, Plan
 
 CONFIGS = {

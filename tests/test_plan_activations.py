@@ -14,7 +14,7 @@ from fqdiff.errors import ArtifactCorrupt, ConfigError, LineageError
 from fqdiff.models.registry import build
 from fqdiff.planning.activations import activation_formats
 from fqdiff.stages.plan import plan, plan_by_gain
-from fqdiff.store.codecs import load_plan, save_plan
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, FisherTable
 from tests.test_cli import call, good
 

@@ -25,7 +25,8 @@ from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.stages.fisher import fisher
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_plan, save_plan, save_quantized
+from fqdiff.store.model_files import save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, predict_noise
 
 FEW = ("float32", "int8", "int6", "int4", "int3")

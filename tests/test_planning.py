@@ -23,7 +23,8 @@ from fqdiff.quant.formats import PerChannel, PerTensor, get_format, parse_granul
 from fqdiff.quant.packed import pack_tensor, unpack_tensor
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
-from fqdiff.store.codecs import load_plan, save_plan, save_quantized
+from fqdiff.store.model_files import save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, FisherTable, Plan, TrajectoryEntry, WeightBin, planned_bytes
 
 FULL = 2**40

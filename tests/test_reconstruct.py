@@ -44,7 +44,7 @@ from fqdiff.stages.calibrate import calibrate
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.stages.reconstruct import reconstruct_blocks
-from fqdiff.store.codecs import load_quantized, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
 from fqdiff.values import CalibrationSet, Checkpoint, Plan, QuantizedCheckpoint, predict_noise
 from tests.test_cli import call, good
 

@@ -29,8 +29,9 @@ from fqdiff.sensitivity.predictions import sampler_weights
 from fqdiff.stages.fisher import fisher
 from fqdiff.stages.plan import plan, plan_by_gain
 from fqdiff.stages.quantize import quantize, quantize_by_gain
-from fqdiff.store.codecs import load_plan, save_plan, save_quantized
 from fqdiff.store.fisher_files import load_fisher, save_fisher
+from fqdiff.store.model_files import save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.store.store import Store
 from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, predict_noise
 from tests.test_cli import call, good

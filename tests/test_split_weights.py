@@ -28,8 +28,9 @@ from fqdiff.stages.calibrate import calibrate
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.stages.reconstruct import reconstruct_blocks
-from fqdiff.store.codecs import load_plan, load_quantized, save_plan, save_quantized
 from fqdiff.store.files import write_tensors
+from fqdiff.store.model_files import load_quantized, save_quantized
+from fqdiff.store.plan_files import load_plan, save_plan
 from fqdiff.values import Checkpoint, Plan, QuantizedCheckpoint
 from tests.test_cli import good
 from tests.test_quant import read_with_numpy

@@ -39,7 +39,7 @@ from fqdiff.stages.noise_correction import correct_noise
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.stages.temporal_scales import learn_temporal_scales
-from fqdiff.store.codecs import load_quantized, save_quantized
+from fqdiff.store.model_files import load_quantized, save_quantized
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 from tests.test_cli import call, good
 

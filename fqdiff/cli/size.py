@@ -41,8 +41,8 @@ def size(
 ) -> None:
     """Show where the bytes of a model file are, to the last one."""
     from fqdiff.models.registry import build, parameter_blocks
-    from fqdiff.store.codecs import read_model
     from fqdiff.store.loading import FILE, HINT, file_at, is_path
+    from fqdiff.store.model_files import read_model
 
     model: Model
     if ref is not None and is_path(ref):

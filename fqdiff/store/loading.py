@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from fqdiff.errors import ArtifactNotFound
-from fqdiff.store.codecs import read_model
 from fqdiff.store.files import read_json, readable
 from fqdiff.store.manifest import KINDS, from_json
+from fqdiff.store.model_files import read_model
 from fqdiff.store.store import Store, check_file
 
 FILE = "model.safetensors"

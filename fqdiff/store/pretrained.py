@@ -7,9 +7,9 @@ import torch
 
 import fqdiff
 from fqdiff.errors import ArtifactCorrupt, ConfigError
-from fqdiff.store.codecs import read_model
 from fqdiff.store.fields import mapping, printable, text
 from fqdiff.store.files import plain_size, read_json, readable, sha256_of
+from fqdiff.store.model_files import read_model
 from fqdiff.values import QuantizedCheckpoint
 
 PREFIX = "pretrained:"
