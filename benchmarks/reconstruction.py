@@ -59,7 +59,7 @@ def main() -> None:
     config = CompareConfig(error_inputs=INPUTS)
     with context.soft_stop() as stop_requested:
         held_out, ledger = runner.load(dataset).reference, Ledger(context, stop_requested)
-        found = noise_error(runner.load(checkpoint), models, held_out, config, 0, context, ledger)
+        found, _ = noise_error(runner.load(checkpoint), models, held_out, config, 0, context, ledger)
     curves = {curve.of: curve for curve in found}
     last = curves[str(max(made))].mean
     print(f"checkpoint {checkpoint.id}, plan {plan.id}, calibration {calibration.id}, {options.device}\n")
