@@ -25,9 +25,9 @@ from fqdiff.configs import (
 )
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.errors import ConfigError, LineageError, NumericalError
-from fqdiff.models.registry import reconstruction_blocks
+from fqdiff.models.registry import reconstruction_blocks, temporal_layers
 from fqdiff.quant.activation_formats import fake_quantize, get_activation_format, zero_points
-from fqdiff.quant.activations import Activation
+from fqdiff.quant.activations import SCALE, Activation
 from fqdiff.quant.formats import PerChannel, get_format
 from fqdiff.quant.learned_steps import LEAST_RATIO, LearnedSteps, can_learn_steps, quantize_by_step
 from fqdiff.quant.packed import pack_tensor
@@ -257,6 +257,10 @@ def test_blocks_and_the_network_come_closer_and_only_steps_change(
 
     assert noise_error(new) < 0.8 * noise_error(start)
     assert new.packed is start.packed
+    kept = temporal_layers(checkpoint.network())
+    assert kept < new.activations.keys()
+    for site in kept:  # the set lacks most timesteps that their scales are for
+        assert torch.equal(new.activations[site].tensors[SCALE], start.activations[site].tensors[SCALE])
     for site, a in start.activations.items():
         b = new.activations[site]
         assert (a.format, a.granularity) == (b.format, b.granularity)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fqdiff.calibration.activations import observe, passes, spread_positions
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
 from fqdiff.calibration.ranges import DISTANCES, WIDTHS, activation_range
+from fqdiff.calibration.temporal import range_ends
 from fqdiff.configs import (
     ACTIVATION_RANGES,
     ActivationConfig,
@@ -24,10 +25,11 @@ from fqdiff.configs import (
     PlanConfig,
     QuantizeConfig,
     SampleConfig,
+    config_data,
 )
 from fqdiff.context import Context
 from fqdiff.errors import ArtifactCorrupt, ConfigError, LineageError, NumericalError, QuantizationError
-from fqdiff.models.registry import build, skip_boundaries
+from fqdiff.models.registry import build, skip_boundaries, temporal_layers
 from fqdiff.quant.activation_formats import (
     FORMATS,
     activation_qparams,
@@ -579,6 +581,44 @@ def test_min_max_scales_are_those_of_the_extremes(
     low, high = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
     assert made.scale is not None
     torch.testing.assert_close(made.scale[0], (high - low) / 255, atol=1e-6, rtol=1e-4)
+
+
+def seen_by_time_alone(model: QuantizedCheckpoint) -> dict[str, Tensor]:
+    """What layers that depend on t alone are given at every timestep, [T, C], by their names."""
+    network, found = replace(model, activations={}).network(), {}
+    t = torch.arange(model.spec.noise_schedule().num_train_timesteps)
+    with watching(network, temporal_layers(network), found.__setitem__), torch.no_grad():
+        network(torch.zeros(len(t), *model.spec.image_shape), t)
+    return found
+
+
+def test_what_depends_on_t_alone_is_clipped_at_no_timestep(
+    checkpoint: Checkpoint, weights: QuantizedCheckpoint, calibration: CalibrationSet
+) -> None:
+    """A set has few timesteps of an interval, and the others' numbers may be larger: all T are looked at instead."""
+    rough = calibration.t.unique()
+    config = ActivationConfig("int8", range="min-max", intervals=len(rough))
+    index = interval_of(torch.arange(1000), config.intervals, 1000)
+    assert len(interval_of(rough, config.intervals, 1000).unique()) == config.intervals
+    made = activations_stage(checkpoint, weights, calibration, config, 0, Context())
+    seen = seen_by_time_alone(made)
+    assert seen
+    for site, x in seen.items():
+        ends = range_ends(made.activations[site])[:, 0]
+        for k in range(config.intervals):
+            low, high = float(x[index == k].min()), float(x[index == k].max())
+            step = float(ends[k].sum()) / 255
+            assert -low <= ends[k, 0] + step, (site, k)
+            assert high <= ends[k, 1] + step, (site, k)
+            width = max(high, 0.0) - min(low, 0.0)
+            assert ends[k].sum() == pytest.approx(width, rel=0.02), "and no wider than these ask for"
+
+
+def test_a_recipe_says_where_all_timesteps_were_looked_at() -> None:
+    """Models of several intervals made before have other scales, and keep their ids; those of one interval are the same."""
+    assert "every_timestep" not in config_data(ActivationConfig())
+    assert "every_timestep" not in config_data(ActivationConfig(intervals=20, temporal=False))
+    assert config_data(ActivationConfig(intervals=20))["every_timestep"] is True
 
 
 def test_weights_and_their_format_stay_as_they_are(

@@ -32,6 +32,7 @@ from fqdiff.errors import ConfigError, LineageError
 from fqdiff.models.registry import build, time_features
 from fqdiff.quant.activation_formats import activation_qparams, get_activation_format
 from fqdiff.quant.activations import Activation
+from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
 from fqdiff.stages.activations import quantize_activations
 from fqdiff.stages.calibrate import calibrate
@@ -41,6 +42,7 @@ from fqdiff.stages.quantize import quantize
 from fqdiff.stages.temporal_scales import learn_temporal_scales
 from fqdiff.store.model_files import load_quantized, save_quantized
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
+from tests.test_activations import seen_by_time_alone
 from tests.test_cli import call, good
 
 FEW = TemporalConfig(intervals=25, iterations=3)
@@ -249,3 +251,17 @@ def test_hidden_layers_are_the_papers() -> None:
     assert [(m.in_features, m.out_features) for m in network.layers if isinstance(m, torch.nn.Linear)] == [
         (32, module.HIDDEN), (64, 64), (64, 64), (64, 1),
     ]  # fmt: skip
+
+
+def test_the_table_clips_nothing_that_depends_on_t_alone(
+    checkpoint: Checkpoint, start: QuantizedCheckpoint, calibration: CalibrationSet
+) -> None:
+    """Its networks are trained to ranges of whole intervals there: between the set's timesteps numbers may be larger."""
+    made = learn_temporal_scales(checkpoint, start, calibration, TemporalConfig(intervals=25), 0, Context())
+    seen = seen_by_time_alone(made)
+    index = interval_of(torch.arange(1000), 25, 1000)
+    assert seen
+    for site, x in seen.items():
+        ends = range_ends(made.activations[site])[index, 0]
+        beyond = torch.maximum(-x.amin(dim=1) - ends[:, 0], x.amax(dim=1) - ends[:, 1])
+        assert float((beyond / ends.sum(dim=1)).max()) < 0.1, site

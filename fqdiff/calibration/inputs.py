@@ -35,6 +35,12 @@ class CalibrationInputs:
         yield from zip(self.x_t.split(CHUNK), self.t.split(CHUNK), strict=True)
 
 
+def every_timestep(spec: ModelSpec) -> CalibrationInputs:
+    """One input for each timestep from 0 to T - 1, without an image in it: for what a network makes of t alone."""
+    total = spec.noise_schedule().num_train_timesteps
+    return CalibrationInputs(torch.zeros(total, *spec.image_shape), torch.arange(total))
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Which sampler runs, in how many steps; ``eta`` is DDIM's randomness."""

@@ -24,7 +24,7 @@ from fqdiff.calibration.requirements import check_enough
 from fqdiff.configs import StepsConfig
 from fqdiff.context import Bar, Context, Part
 from fqdiff.errors import ConfigError, NumericalError
-from fqdiff.models.registry import reconstruction_blocks, skip_boundaries
+from fqdiff.models.registry import reconstruction_blocks, skip_boundaries, temporal_layers
 from fqdiff.quant.activation_sites import OUTPUT, is_operand, last_layer
 from fqdiff.quant.activations import (
     Activation,
@@ -61,12 +61,14 @@ def learn_steps(
 ) -> dict[str, Activation]:
     """The activations of ``model`` with their scales learned, but those of logarithmic codes. A stopped run goes on.
 
+    Of several intervals those of layers that depend on t alone stay as well: they hold for timesteps that ``inputs`` lack.
     Raises NumericalError where outputs are no numbers.
     """
     device = context.device
     full = checkpoint.network().to(device)
     network, quantizers, note = trainable_network(model, device)
-    learned = {site: q for site, q in quantizers.items() if isinstance(q, LearnedSteps)}
+    kept = temporal_layers(full) if interval_count(model.activations) > 1 else set()
+    learned = {site: q for site, q in quantizers.items() if isinstance(q, LearnedSteps) and site not in kept}
     blocks = {
         block: sites for block in reconstruction_blocks(network) if (sites := sites_within(network, block, learned))
     }

@@ -204,6 +204,9 @@ class ActivationConfig:
     side. ``temporal``: whether inputs of layers that depend on t alone are quantized too; without, samplers compute what these
     put out once for each t. ``first``, ``last``: format of the first layer's input and of the network's
     output, empty for none. ``dynamic``: every input is quantized by its own minimum and maximum, and nothing is calibrated.
+
+    ``every_timestep``: ranges of layers that depend on t alone are those of all timesteps, not of the calibration set's. With
+    several intervals they always are: a set that has one timestep of an interval would clip what all its others give.
     """
 
     format: str = "int8"
@@ -216,8 +219,11 @@ class ActivationConfig:
     first: str = ""
     last: str = ""
     dynamic: bool = False
+    every_timestep: bool = later(False)
 
     def __post_init__(self) -> None:
+        if self.intervals > 1 and self.temporal:
+            object.__setattr__(self, "every_timestep", True)
         for name, what, known in (
             ("format", "activation format", ACTIVATION_FORMATS),
             ("granularity", "activation granularity", ("tensor", "channel")),
@@ -234,6 +240,11 @@ class ActivationConfig:
         require(
             not (self.dynamic and unused),
             f"dynamic activations have no use for {', '.join(unused)}",
+            "leave it out, or calibrate",
+        )
+        require(
+            not (self.dynamic and self.every_timestep),
+            "dynamic activations have no use for every_timestep",
             "leave it out, or calibrate",
         )
 

@@ -6,8 +6,8 @@ from types import MappingProxyType
 
 import torch
 
-from fqdiff.calibration.activations import observe, passes
-from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.activations import Observed, observe, passes
+from fqdiff.calibration.inputs import CalibrationInputs, every_timestep
 from fqdiff.calibration.ranges import activation_range
 from fqdiff.configs import ActivationConfig
 from fqdiff.context import Context
@@ -46,7 +46,8 @@ def quantize_activations(
 ) -> QuantizedCheckpoint:
     """``model`` with quantized activations, their ranges taken from what it computes on ``calibration``.
 
-    ``formats`` by site go over ``config.format``.
+    ``formats`` by site go over ``config.format``. With ``config.every_timestep`` ranges of what depends on t alone are those
+    of all timesteps instead.
 
     The weights are the quantized ones, as in Q-Diffusion: ranges are those that sampling will meet, but for the errors of
     the activations themselves. Nothing is random. Raises LineageError where the calibration set is missing or of another
@@ -64,13 +65,21 @@ def quantize_activations(
         raise LineageError("ranges of activations without a calibration set", "fqdiff calibrate, or --dynamic")
     calibration.check_model(checkpoint)
     parts = scale_parts(model.spec, {site: a.granularity for site, a in wanted.items()})
-    inputs = CalibrationInputs(calibration.x_t.float(), calibration.t)
     network = model.network().to(context.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    timed = temporal_layers(build(model.spec.architecture, "meta")) if config.every_timestep else set()
+    recorded = CalibrationInputs(calibration.x_t.float(), calibration.t)
+    split = (
+        (recorded, {site: p for site, p in parts.items() if site not in timed}),
+        (every_timestep(model.spec), {site: p for site, p in parts.items() if site in timed}),
+    )
+    observed = [(inputs, sites) for inputs, sites in split if sites]
     keep = config.range != "min-max"
-    rounds = len(passes(parts, config.intervals, len(inputs), keep))
-    with context.progress(rounds * len(inputs), "activations", "input") as bar:
-        index = interval_of(inputs.t, config.intervals, calibration.num_train_timesteps)
-        found = observe(network, parts, inputs, index, config.intervals, keep, bar.update)
+    total = sum(len(passes(sites, config.intervals, len(inputs), keep)) * len(inputs) for inputs, sites in observed)
+    found: dict[str, Observed] = {}
+    with context.progress(total, "activations", "input") as bar:
+        for inputs, sites in observed:
+            index = interval_of(inputs.t, config.intervals, calibration.num_train_timesteps)
+            found |= observe(network, sites, inputs, index, config.intervals, keep, bar.update)
     made: dict[str, Activation] = {}
     with context.progress(len(wanted), "ranges", "site") as bar:
         for site, activation in wanted.items():

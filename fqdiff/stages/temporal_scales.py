@@ -9,7 +9,7 @@ from fqdiff.calibration.temporal import interval_middles, range_ends, slow_chann
 from fqdiff.configs import TemporalConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError
-from fqdiff.models.registry import build, time_features
+from fqdiff.models.registry import build, temporal_layers, time_features
 from fqdiff.quant.activations import interval_count
 from fqdiff.quant.timestep_bias import interval_of
 from fqdiff.rng import generator
@@ -49,15 +49,17 @@ def learn_temporal_scales(
     if not number.all():
         raise ConfigError("the scales are not of this calibration set: an interval holds none of its inputs")
     times = torch.zeros(known, dtype=torch.float64).index_add_(0, index, calibration.t.double()) / number
-    features = slow_channels(time_features(build(checkpoint.spec.architecture, "meta")), times)
-    middles = interval_middles(config.intervals, total)
-    nearest = (middles[:, None] - times).abs().argmin(dim=1)
+    network = build(checkpoint.spec.architecture, "meta")
+    features, timed = time_features(network), temporal_layers(network)
+    middles, known_middles = interval_middles(config.intervals, total), interval_middles(known, total).double()
     made = {}
     with context.progress(len(model.activations) * config.iterations, "scales by time", "step") as bar:
         for site, activation in model.activations.items():
-            ends, draw = range_ends(activation), generator(seed, "temporal scales", site)
-            network, unit = train_scales(features[times.round().long()], ends, config, draw, bar.update)
+            # Ranges of what depends on t alone are those of whole intervals, others those of the set's timesteps in them.
+            at = known_middles if site in timed else times
+            slow, draw = slow_channels(features, at), generator(seed, "temporal scales", site)
+            scales, unit = train_scales(slow[at.round().long()], range_ends(activation), config, draw, bar.update)
             assert activation.scale is not None
-            sign = activation.scale.sign()[nearest]
-            made[site] = tabulated(network, unit, features[middles], activation, sign)
+            sign = activation.scale.sign()[(middles[:, None] - at).abs().argmin(dim=1)]
+            made[site] = tabulated(scales, unit, slow[middles], activation, sign)
     return replace(model, activations=made)
