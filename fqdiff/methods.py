@@ -188,7 +188,8 @@ METHODS: Mapping[str, Method] = {
             ("fqdiff calibrate", "fqdiff quantize --method tdq --activations int8"),
             "a network for each site from the model's time embedding to the range of its activations, tabulated into the form in "
             "which it is deployed: scales by site and interval of timesteps",
-            "the networks are trained to ranges of least squared error at 20 timesteps, after training, where the paper's main "
+            "the networks are trained to ranges of least squared error at 20 timesteps (of what depends on t alone, "
+            "in 20 intervals), after training, where the paper's main "
             "form trains them with the network, and its other one to layer outputs; ranges have two ends where the format has a "
             "zero point, so that SiLU's outputs need no shift; only channels of the embedding that are slow enough for 20 "
             "timesteps; no dropout; weights are as the plan says",

@@ -309,6 +309,21 @@ def test_a_stopped_run_ends_alike_and_the_seed_matters(
             learn_activation_steps(checkpoint, start, calibration, FEW, 0, Context(parts=parts))
 
 
+def test_blocks_that_come_when_no_time_is_left_stay_as_they_are(
+    checkpoint: Checkpoint, start: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks a minute when it is read: of two, one block or two. Rejects fixed costs of a block for every one."""
+    clock = iter(range(0, 10**9, 60))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    config, parts = StepsConfig(iterations=5, batch=4, inputs=16, minutes=2.0), MemoryParts()
+    made = learn_activation_steps(checkpoint, start, calibration, config, 0, Context(parts=parts))
+    assert 1 <= len(parts.saved) <= 2
+    done = {site for part in parts.saved.values() for site in part.tensors}
+    for site, a in made.activations.items():
+        if site not in done:
+            assert torch.equal(a.tensors[SCALE], start.activations[site].tensors[SCALE])
+
+
 def test_minutes_shorten_the_schedule_and_a_recipe_without_them_is_what_it_was(
     checkpoint: Checkpoint, start: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,6 +322,10 @@ def test_the_command_records_and_lists_what_the_set_was_made_from(tmp_path: Path
     assert "6 inputs at 2 timesteps from 332 to 832" in call(store, "calibrate", *flags).stdout
     assert "no fisher of checkpoint" in call(store, "calibrate", *flags, "--scheme", "fisher").stderr
     assert "no use for a Fisher table" in call(store, "calibrate", *flags, "--fisher", "latest").stderr
+    for wrong in (("--timesteps", "7"), ("--steps", "2000")):
+        refused = call(store, "calibrate", "one", *flags, *wrong, "--dry-run")
+        assert refused.exit_code in (1, 2)
+        assert "would make" not in refused.stdout
     good(store, "fisher", "one", "--timesteps", "5", "--samples", "2", "--name", "table")
     by_fisher = good(store, "calibrate", *flags, "--scheme", "fisher", "--dry-run")
     assert (

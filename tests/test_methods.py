@@ -193,8 +193,8 @@ def test_of_a_checkpoint_a_method_is_what_its_commands_make(store: Path, name: s
     )
     table = () if name != "fisher" else (_tables(store)["trajectory"],)
     assert found["plan"] == good(store, "plan", *(table or ("one",)), *BY_HAND[name], "--dry-run")["id"]
-    few = Store(store).resolve(str(found["calibration"]), ("calibration",))
-    assert few.recipe.config["scheme"] == scheme or not METHODS[name].bundle.scheme
+    chosen = Store(store).find("calibration", str(found["calibration"]))
+    assert chosen is None or chosen.recipe.config["scheme"] == scheme
 
 
 def _tables(store: Path) -> dict[str, str]:
@@ -231,6 +231,8 @@ def test_of_a_checkpoint_what_is_missing_is_made_and_named(store: Path, tmp_path
         (("int4", "--weights", "int8"), "--weights of a plan, which says them itself"),
         (("int4", "--method", "linear", "--weights", "int8"), "--weights of a plan, which says them itself"),
         (("one", "--method", "linear", "--weights", "int9"), "unknown format 'int9'"),
+        (("one", "--method", "linear", "--weights", "4.25"), "unknown format '4.25'"),
+        (("one", "--method", "fisher", "--weights", "W4A8"), "unknown format 'W4A8'"),
         (("one", "--method", "linear", "--weights", "codebook4"), "linear is about integers"),
         (("one", "--method", "ptqd", "--noise-intervals", "50", "--calibration", "uniform"), "46 of 50 intervals"),
         (("one", "--method", "repq", *INT8), "silu stands between"),
@@ -246,6 +248,24 @@ def test_of_a_checkpoint_bad_input_is_named_before_a_plan_is_made(
     assert refused.exit_code in (1, 2)
     assert message in refused.stderr.splitlines()[-2]
     assert sorted(store.rglob("*")) == before
+
+
+def test_a_budget_may_be_a_number_of_bits(store: Path) -> None:
+    found: Any = good(store, "quantize", "one", "--method", "fisher", "--weights", "4.25", "--dry-run")
+    table = _tables(store)["trajectory"]
+    assert found["plan"] == good(store, "plan", table, "--target-bpw", "4.25", "--dry-run")["id"]
+
+
+def test_a_method_takes_no_set_of_noised_images_unless_it_is_named(store: Path, tmp_path: Path) -> None:
+    """Nor one of another scheme, be it the latest. Rejects ranges of inputs that no sampler meets, without a word."""
+    alone = Path(shutil.copytree(store, tmp_path / "store"))
+    flags = ("--steps", "4", "--timesteps", "2", "--samples", "2")
+    uniform: Any = good(alone, "calibrate", "one", *flags)
+    data: Any = good(alone, "calibrate", "one", *flags, "--source", "data")
+    good(alone, "calibrate", "one", *flags, "--scheme", "late")
+    command = ("quantize", "one", "--method", "linear", *INT8, "--dry-run")
+    assert good(alone, *command)["calibration"] == uniform["id"]
+    assert good(alone, *command, "--calibration", str(data["id"]))["calibration"] == data["id"]
 
 
 def test_a_flag_goes_over_its_method(store: Path) -> None:

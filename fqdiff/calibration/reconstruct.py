@@ -75,7 +75,8 @@ def reconstruct(
 ) -> dict[str, PackedTensor]:
     """The packed tensors of ``model`` with the rounding of its integers learned; all else as it is. A stopped run goes on.
 
-    ``apart``: parameters whose rounding stays, since it was learned before.
+    ``apart``: parameters whose rounding stays, since it was learned before. Blocks that come when ``config.minutes`` are over
+    keep their rounding too: a block's inputs alone take seconds.
     Raises LineageError where codes are not ``checkpoint``'s weights rounded, NumericalError where outputs are no numbers.
     """
     device = context.device
@@ -102,6 +103,9 @@ def reconstruct(
             started = time.monotonic()
             own = {name.removeprefix(f"{block}."): rounding(name).to(device) for name in names}
             part = context.parts.load(block)
+            if part is None and config.minutes and spent >= 60 * config.minutes:
+                _tell(bar, block, config.iterations, "no time left")
+                continue
             if part is not None:
                 codes, seconds = restore(part, own)
                 bar.update(config.iterations)

@@ -62,6 +62,7 @@ def learn_steps(
     """The activations of ``model`` with their scales learned, but those of logarithmic codes. A stopped run goes on.
 
     Of several intervals those of layers that depend on t alone stay as well: they hold for timesteps that ``inputs`` lack.
+    So do those of blocks that come when ``config.minutes`` are over.
     Raises NumericalError where outputs are no numbers.
     """
     device = context.device
@@ -78,6 +79,9 @@ def learn_steps(
             started = time.monotonic()
             own = {site: learned[site] for site in sites}
             part = context.parts.load(block)
+            if part is None and config.minutes and spent >= 60 * config.minutes:
+                _tell(bar, block, config.iterations, "no time left")
+                continue
             if part is not None:
                 found, seconds = restore(part, own)
                 bar.update(config.iterations)

@@ -112,11 +112,16 @@ def calibration_step(session: Session, checkpoint: "Manifest", fisher: str | Non
 
     ``fisher``: the table that weighs the timesteps, the latest of the checkpoint where the scheme asks for one.
     """
+    from fqdiff.calibration.schemes import chosen_steps
+    from fqdiff.diffusion.samplers import sampling_timesteps
     from fqdiff.pipeline import Step
 
     given = session.given("calibrate", CalibrateConfig, **flags)
     total = session.runner.load(checkpoint).spec.noise_schedule().num_train_timesteps
     config = CalibrateConfig(**calibration_settings(given, total))
+    sampling_timesteps(total, config.steps)  # here, so that a dry run refuses what the stage would
+    if config.scheme != "fisher":
+        chosen_steps(config, session.seed)
     inputs = {"checkpoint": checkpoint}
     if config.scheme == "fisher":
         inputs["fisher"] = of_checkpoint(session, "fisher", checkpoint.id, fisher)

@@ -1,5 +1,6 @@
 """What ``fqdiff quantize`` works on: a plan, or a checkpoint of which a method makes one, and the calibration set for either."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING
 from fqdiff.cli.calibrate import calibration_step
 from fqdiff.cli.plan_budget import budget_config
 from fqdiff.cli.session import Session, of_checkpoint, only_input
-from fqdiff.configs import PlanConfig
-from fqdiff.errors import ArtifactNotFound
+from fqdiff.configs import CalibrateConfig, PlanConfig
+from fqdiff.errors import ArtifactNotFound, ConfigError
 from fqdiff.methods import Bundle
 from fqdiff.treatment.treatment import Treatment, refuse_calibration
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
 
 WEIGHTS = "int8"
+NUMBER = re.compile(r"\d+(\.\d+)?")
+WEIGHTS_AND_ACTIVATIONS = re.compile(r"W(\d+)A(\d+)")
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,17 @@ def planned_by_method(
 ) -> Planned:
     """The plan that ``fqdiff plan`` would make of ``checkpoint`` for a method, all its weights in the format ``weights``.
 
-    Of a method that plans for a budget: of as many bits per weight, by the latest trajectory table of the checkpoint, else by
-    its latest Fisher table. Raises ArtifactNotFound where it has none.
+    Of a method that plans for a budget: of as many bits per weight, or of the number that ``weights`` is, by the latest
+    trajectory table of the checkpoint, else by its latest Fisher table. Raises ArtifactNotFound where it has none, ConfigError
+    for what is no format.
     """
     from fqdiff.pipeline import Step
-    from fqdiff.quant.formats import get_format
 
     name = weights or WEIGHTS
+    bits = _bits(name, bundle)
     if bundle.strategy == "budget":
         table = _latest_table(session, checkpoint)
-        config = budget_config(session, {"target_bpw": float(get_format(name).bits)}, table)
+        config = budget_config(session, {"target_bpw": bits}, table)
         words, tables = f"{config.target_bpw:g} bits per weight by Fisher table {table.id}", {"fisher": table}
     else:
         config = session.settings("plan", PlanConfig, {}, strategy="uniform", low=name, **bundle.plan_settings)
@@ -66,6 +70,19 @@ def planned_by_method(
     found = session.store.find("plan", step.id)
     session.note(f"plan: {words}, for {method}, {step.id}" + ("" if found else ", to be made"))
     return Planned(checkpoint, found or step, tables)
+
+
+def _bits(weights: str, bundle: Bundle) -> float:
+    """The bits of the format ``weights``, or of a budget the number that it is."""
+    from fqdiff.quant.formats import get_format
+
+    if bundle.strategy == "budget" and NUMBER.fullmatch(weights):
+        return float(weights)
+    if both := WEIGHTS_AND_ACTIVATIONS.fullmatch(weights.upper()):
+        raise ConfigError(
+            f"unknown format '{weights}'", f"--weights int{both[1]} --activations int{both[2]}; A32 is without"
+        )
+    return float(get_format(weights).bits)
 
 
 def _latest_table(session: Session, checkpoint: "Manifest") -> "Manifest":
@@ -110,15 +127,20 @@ def calibration_of(
 def calibration_by_method(
     session: Session, checkpoint: "Manifest", treatment: Treatment, ref: str | None, scheme: str
 ) -> "Manifest | Step | None":
-    """As :func:`calibration_of`, but of ``scheme``, empty for any; where there is none, what ``fqdiff calibrate`` would make."""
+    """As :func:`calibration_of`, but the latest of ``scheme``, by default uniform, that a sampler met.
+
+    Where there is none, the one that ``fqdiff calibrate`` would make. Sets of other schemes, or of noised images, are for
+    those who ask for them.
+    """
     if ref is not None or not treatment.is_calibrated:
         return calibration_of(session, checkpoint, treatment, ref)
     own = [m for m in session.store.manifests("calibration") if (i := m.input("checkpoint")) and i.id == checkpoint.id]
-    own = [m for m in own if scheme in ("", m.recipe.config.get("scheme"))]
+    wanted = {"scheme": scheme or CalibrateConfig.scheme, "source": CalibrateConfig.source}
+    own = [m for m in own if wanted.items() <= m.recipe.config.items()]
     if own:
-        session.note(f"calibration: the latest {scheme or 'set'} of that checkpoint, {own[-1].id}")
+        session.note(f"calibration: the latest {wanted['scheme']} of that checkpoint, {own[-1].id}")
         return own[-1]
-    step = calibration_step(session, checkpoint, scheme=scheme or None)
+    step = calibration_step(session, checkpoint, **wanted)
     session.note(f"calibration: {step.config.scheme} of that checkpoint, {step.id}, to be made")
     return step
 

@@ -379,5 +379,6 @@ def of_checkpoint(session: Session, kind: str, checkpoint_id: str, ref: str | No
     own = [m for m in session.store.manifests(kind) if (i := m.input("checkpoint")) and i.id == checkpoint_id]
     if not own:
         raise ArtifactNotFound(f"no {kind} of checkpoint {checkpoint_id}", make)
-    session.note(f"{kind}: the latest of that checkpoint, {own[-1].id}")
+    said = [own[-1].recipe.config.get(name) for name in ("scheme", "source", "kind")]
+    session.note(", ".join([f"{kind}: the latest of that checkpoint", *map(str, filter(None, said)), own[-1].id]))
     return own[-1]
