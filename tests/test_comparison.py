@@ -15,7 +15,7 @@ from fqdiff.configs import CompareConfig, SampleConfig
 from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ArtifactCorrupt, ConfigError, DataError, LineageError, NumericalError
 from fqdiff.evidence.comparison import Resampled, differences, network_differences
-from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
+from fqdiff.evidence.decisions import half_width, holm, holm_shares, images_needed, p_value, verdict
 from fqdiff.evidence.features import FeatureNetwork
 from fqdiff.evidence.frechet import frechet_distance_of_features
 from fqdiff.evidence.frechet_bootstrap import frechet_draws
@@ -66,6 +66,30 @@ def test_the_number_of_images_needed_has_the_power_it_promises() -> None:
     assert power == pytest.approx(0.8, abs=0.002)
     assert images_needed(0.0, 0.2, 100, 0.95) is None
     assert images_needed(1e-12, 1.0, 100, 0.95) is None
+
+
+def test_what_holms_rule_leaves_to_a_test_is_what_it_holds_the_test_to() -> None:
+    """On paper for 4 tests at 5 %: 0.01 <= 0.05 / 4 is told, 0.02 > 0.05 / 3 is not, and so none after it."""
+    assert holm_shares([0.04, 0.01, 0.9, 0.02], 0.05) == pytest.approx([0.05 / 3, 0.05 / 4, 0.05 / 3, 0.05 / 3])
+    g = generator(0, "shares")
+    for p in (torch.rand(500, 6, generator=g, dtype=torch.float64) ** 4).tolist():
+        shares = holm_shares(p, 0.05)
+        assert [one <= share for one, share in zip(p, shares, strict=True)] == [q <= 0.05 for q in holm(p)]
+
+
+def test_what_cannot_be_told_needs_more_images_than_there_were() -> None:
+    """Rejects an N at the level of a single test: a z of 3.1 fails Holm's rule over 55 pairs, and 80 % power at 5 % needs 2.8."""
+    draws = torch.randn(4000, generator=generator(0, "many"), dtype=torch.float64)
+    draws = (draws - draws.mean()) / draws.std()
+    roles = ["baseline", *(f"model{k}" for k in range(1, 11))]
+    found = {role: Resampled(0.0, 0 * draws) for role in roles} | {"model1": Resampled(3.1, 3.1 + draws)}
+    rows = differences({"fid": found}, 10, (), 100, 0.95)
+    row = next(d for d in rows if (d.of, d.against) == ("model1", "baseline"))
+    assert (row.p < 0.05, row.verdict) == (True, "not distinguishable")
+    assert row.images_needed is not None
+    assert row.images_needed > 100
+    power = norm.sf(norm.ppf(1 - 0.05 / 55 / 2) - 3.1 * (row.images_needed / 100) ** 0.5)
+    assert power == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_value_beyond_full_precisions_is_no_merit() -> None:

@@ -41,10 +41,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def holm_shares(p_values: Sequence[float], alpha: float) -> list[float]:
+    """What each p-value must not exceed under :func:`holm`, for a family at ``alpha``: this over how many are not told before it.
+
+    All that are not told have the same to reach, that of the smallest of them.
+    """
+    shares, told = [0.0] * len(p_values), 0
+    for k in sorted(range(len(p_values)), key=p_values.__getitem__):
+        shares[k] = alpha / (len(p_values) - told)
+        told += p_values[k] <= shares[k]
+    return shares
+
+
 def images_needed(difference: float, standard_error: float, images: int, level: float) -> int | None:
     """With how many images a difference as large as this one would be found in ``POWER`` of all tries at ``level``.
 
-    The standard error is taken to fall as 1 / sqrt(N). None where the difference is 0, or it would be a trillion.
+    ``level`` of this one test: of a family 1 minus its share of :func:`holm_shares`. What is not told at it needs more than
+    ``images``. The standard error is taken to fall as 1 / sqrt(N). None where the difference is 0, or it would be a trillion.
     """
     if difference == 0:
         return None

@@ -32,7 +32,10 @@ NO_GAIN = (
     "Not worse, not better: one of the two is nearer to the real images than the full precision it was made from, by more than "
     "chance. That is no gain: it moved away."
 )
-WHAT_N_COUNTS = "N that would tell: images; of noise errors inputs at each timestep, of divergence runs of the sampler."
+WHAT_N_COUNTS = (
+    "N that would tell, Holm's correction included: images; of noise errors inputs at each timestep, of divergence runs of the "
+    "sampler."
+)
 
 
 def pair_columns() -> dict[str, tuple[str, str]]:
