@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import norm, t
 from torch import Tensor
 
 from fqdiff.chains import comparison_step
@@ -20,7 +20,7 @@ from fqdiff.evidence.features import FeatureNetwork
 from fqdiff.evidence.frechet import frechet_distance_of_features
 from fqdiff.evidence.frechet_bootstrap import frechet_draws
 from fqdiff.evidence.kernel import kernel_distance, kernel_draws
-from fqdiff.evidence.resampling import draw_counts, mean_draws
+from fqdiff.evidence.resampling import draw_counts, mean_draws, widened
 from fqdiff.pipeline import External, Step, matching
 from fqdiff.rng import generator
 from fqdiff.stages.compare import compare
@@ -66,6 +66,19 @@ def test_the_number_of_images_needed_has_the_power_it_promises() -> None:
     assert power == pytest.approx(0.8, abs=0.002)
     assert images_needed(0.0, 0.2, 100, 0.95) is None
     assert images_needed(1e-12, 1.0, 100, 0.95) is None
+
+
+def test_the_number_of_runs_needed_is_by_students_t() -> None:
+    """2 runs that are 3 standard errors apart tell nothing: t has one degree of freedom. Rejects a normal N, which is 2."""
+    needed = images_needed(3.0, 1.0, 2, 0.95, freedom=1)
+    assert needed is not None
+
+    def enough(n: int) -> bool:
+        return bool(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1) <= 3 * (n / 2) ** 0.5)
+
+    assert (enough(needed - 1), enough(needed)) == (False, True)
+    assert images_needed(3.0, 1.0, 2, 0.95) == 2
+    assert images_needed(1e-12, 1.0, 100, 0.95, freedom=99) is None
 
 
 def test_what_holms_rule_leaves_to_a_test_is_what_it_holds_the_test_to() -> None:
@@ -144,6 +157,10 @@ def test_models_are_held_against_each_other_by_their_predictions_too() -> None:
     assert (row.metric, row.of, row.against, row.verdict) == ("noise_error", "model3", "model1", "worse")
     assert row.standard_error == pytest.approx(0.02, rel=0.1)
     assert row.images_needed == images_needed(row.difference, row.standard_error, 32, 0.95)
+    few = {role: replace(one, freedom=31) for role, one in noise.items()}
+    (wide,) = network_differences({"noise_error": few}, {"noise_error": 32}, 0.95)
+    assert wide.high - wide.difference == pytest.approx(t.ppf(0.975, 31) * row.standard_error)
+    assert wide.p == pytest.approx(2 * t.sf(wide.difference / wide.standard_error, 31))
     runs = {f"model{k}": Resampled(1.0 + 0.045 * k, 1.0 + 0.045 * k + 0.02 * k * draws) for k in (1, 2, 3)}
     rows = network_differences({"divergence": runs}, {"divergence": 16}, 0.95)
     assert [d.adjusted_p for d in rows] == pytest.approx(holm([d.p for d in rows]))
@@ -185,6 +202,24 @@ def test_under_the_null_differences_are_found_as_seldom_as_the_level_says() -> N
     """200 comparisons at 5 %: 10 expected; fewer than 3 or more than 18 have a probability below 1 % on either side."""
     for found in simulated(200, 0.0, 200, "null"):
         assert 3 <= found <= 18
+
+
+@pytest.mark.parametrize("runs", [2, 4, 16])
+def test_under_the_null_few_runs_tell_as_seldom_as_the_level_says(runs: int) -> None:
+    """Of 1000 comparisons at 5 % 50 are expected. Rejects normal intervals of plain resamples: 85 with 16 runs, 417 with 2."""
+    g = generator(0, "few runs", runs)
+    told = 0
+    for _ in range(1000):
+        common, counts = torch.randn(runs, generator=g), draw_counts(runs, 200, g)
+        found = {}
+        for role in ("model1", "model2"):
+            values = (common + 0.3 * torch.randn(runs, generator=g)).double()
+            mean = values.mean()
+            found[role] = Resampled(float(mean), widened(mean_draws(values, counts), mean, runs), runs - 1)
+        (row,) = network_differences({"divergence": found}, {"divergence": runs}, 0.95)
+        told += row.verdict != "not distinguishable"
+        assert row.verdict != "not distinguishable" or row.images_needed is None or row.images_needed > runs
+    assert 33 <= told <= 70
 
 
 def test_power_rises_with_the_number_of_images() -> None:

@@ -3,6 +3,7 @@
 Shapes: N images in every set and in the reference, D features, R resamples.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
 from itertools import combinations
@@ -40,10 +41,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A metric's ``value``, and its ``draws`` float64 [R], one of each resample."""
+    """A metric's ``value``, and its ``draws`` float64 [R], one of each resample.
+
+    ``freedom``: degrees of freedom of the standard error, where it rests on few samples.
+    """
 
     value: float
     draws: Tensor
+    freedom: float = math.inf
 
     @property
     def standard_error(self) -> float:
@@ -134,7 +139,7 @@ def measures(results: Results, level: float) -> tuple[Measure, ...]:
     rows = []
     for metric in _in_order(results):
         for role, found in results[metric].items():
-            half = half_width(found.standard_error, level)
+            half = half_width(found.standard_error, level, found.freedom)
             rows.append(
                 Measure(metric, role, found.value, found.standard_error, found.value - half, found.value + half)
             )
@@ -204,9 +209,10 @@ def _in_order(results: Results) -> list[str]:
     return [metric for metric in (*PAIRED, *DISTRIBUTION) if metric in results]
 
 
-def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tuple[float, float]:
+def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tuple[float, float, float]:
+    """The difference, its standard error, and the degrees of freedom of that."""
     a, b = by_role[of], by_role[against]
-    return a.value - b.value, float((a.draws - b.draws).std())
+    return a.value - b.value, float((a.draws - b.draws).std()), min(a.freedom, b.freedom)
 
 
 def _tested(
@@ -239,9 +245,9 @@ def _row(
     samples: int,
     level: float,
 ) -> Difference:
-    d, error = _difference(by_role, *pair)
+    d, error, freedom = _difference(by_role, *pair)
     adjusted, share = test
-    half, gain = half_width(error, level), _gain(metric, d)
+    half, gain = half_width(error, level, freedom), _gain(metric, d)
     word = verdict(gain, adjusted, level, pair[0 if gain > 0 else 1] in beyond)
-    needed = images_needed(d, error, samples, 1 - share)
-    return Difference(metric, *pair, d, error, d - half, d + half, p_value(d, error), adjusted, word, needed)
+    p, needed = p_value(d, error, freedom), images_needed(d, error, samples, 1 - share, freedom)
+    return Difference(metric, *pair, d, error, d - half, d + half, p, adjusted, word, needed)
