@@ -99,11 +99,11 @@ def lines(runner: Runner, checkpoint: Manifest, made: list[Made], compared: Mani
         + (" image error | noise error | plan | model |")
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    error, fid = value.measure("image_mse", FLOOR), value.measure("fid", FLOOR)
+    error, fid = value.measure("image_mse", FLOOR), value.pair("fid", FLOOR, BASELINE)
     base = value.measure("fid", BASELINE)
     yield (
         f"| float32, other noise | 0 % | {full:,} | 100 % | {8 * full / parameters(runner, made[0]):.2f} |"
-        f" {fid.value - base.value:+.2f}; full precision: {base.value:.2f} [{base.low:.2f}, {base.high:.2f}] | |"
+        f" {interval(fid, '+.2f')}; full precision: {base.value:.2f} [{base.low:.2f}, {base.high:.2f}] | |"
         f" {error.value:.4f} | 0 | | {checkpoint.id} |"
     )
     for number, one in enumerate(made, start=1):
