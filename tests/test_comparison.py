@@ -14,7 +14,7 @@ from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig, SampleConfig
 from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ArtifactCorrupt, ConfigError, DataError, LineageError, NumericalError
-from fqdiff.evidence.comparison import Resampled, differences, network_differences
+from fqdiff.evidence.comparison import Measure, Resampled, differences, measures, network_differences
 from fqdiff.evidence.decisions import half_width, holm, holm_shares, images_needed, p_value, verdict
 from fqdiff.evidence.features import FeatureNetwork
 from fqdiff.evidence.frechet import frechet_distance_of_features
@@ -22,6 +22,7 @@ from fqdiff.evidence.frechet_bootstrap import frechet_draws
 from fqdiff.evidence.kernel import kernel_distance, kernel_draws
 from fqdiff.evidence.resampling import draw_counts, mean_draws, widened
 from fqdiff.pipeline import External, Step, matching
+from fqdiff.report.words import measured
 from fqdiff.rng import generator
 from fqdiff.stages.compare import compare
 from fqdiff.store.codecs import CODECS
@@ -267,6 +268,20 @@ def test_correction_is_over_the_pairs_of_a_metric_and_leaves_the_floor_out() -> 
     paired = {"model1": resampled(0.1), "model2": resampled(0.9), "floor": resampled(3.0)}
     (row,) = differences({"image_mse": paired}, 2, [1], 100, 0.95)
     assert (row.of, row.against, row.verdict) == ("model2", "model1", "worse")
+
+
+def test_intervals_of_shares_end_at_nothing_and_at_all() -> None:
+    """Rejects a precision of 0.025 +- 0.041. A FID of 0.025 may well be one, and a stored interval is cut where it is printed."""
+    draws = 0.02 * torch.randn(1000, generator=generator(0, "shares"), dtype=torch.float64)
+    metrics = ("precision", "recall", "coverage", "density", "fid")
+    rows = measures({m: {"model1": Resampled(0.025, draws), "model2": Resampled(0.99, draws)} for m in metrics}, 0.95)
+    for row in rows:
+        shares = row.metric in metrics[:3]
+        assert (row.low == 0) == (shares and row.of == "model1")
+        assert (row.high == 1) == (shares and row.of == "model2")
+    stored = Measure("recall", "model1", 0.025, 0.02, -0.016, 0.066)
+    assert measured(stored, ".3f") == "0.025 [0.000, 0.066]"
+    assert measured(replace(stored, metric="fid"), ".3f") == "0.025 ± 0.041"
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------

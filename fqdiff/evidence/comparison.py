@@ -24,6 +24,7 @@ NETWORK = ("noise_error", "divergence")  # of the models themselves, measured in
 PAIRED = ("image_mse", "psnr", "ssim", "feature_distance")
 MANIFOLD = ("precision", "recall", "density", "coverage")
 DISTRIBUTION = ("fid", "kid", *MANIFOLD, "inception_score")
+SHARES = ("precision", "recall", "coverage")  # of images: from 0 to 1
 LOWER_IS_BETTER = (*NETWORK, "image_mse", "feature_distance", "fid", "kid")
 
 
@@ -135,15 +136,19 @@ def _resampled(draws: Tensor) -> Resampled:
 
 
 def measures(results: Results, level: float) -> tuple[Measure, ...]:
-    """One row for each metric and role; the intervals are normal ones of ``level``."""
+    """One row for each metric and role; the intervals are normal ones of ``level``, those of SHARES cut to what can be."""
     rows = []
     for metric in _in_order(results):
         for role, found in results[metric].items():
             half = half_width(found.standard_error, level, found.freedom)
-            rows.append(
-                Measure(metric, role, found.value, found.standard_error, found.value - half, found.value + half)
-            )
+            ends = possible(metric, found.value - half, found.value + half)
+            rows.append(Measure(metric, role, found.value, found.standard_error, *ends))
     return tuple(rows)
+
+
+def possible(metric: str, low: float, high: float) -> tuple[float, float]:
+    """The interval's part that ``metric`` can have."""
+    return (max(low, 0.0), min(high, 1.0)) if metric in SHARES else (low, high)
 
 
 def model_roles(models: int) -> list[str]:
