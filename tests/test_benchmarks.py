@@ -1,7 +1,10 @@
 """What the scripts of benchmarks/ print, of comparisons made here."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
 
 from fqdiff.report.words import interval
 from fqdiff.values import Comparison, Curve, Point
@@ -41,3 +44,12 @@ def test_the_study_redone_has_an_interval_for_other_noise(comparison: Comparison
     made = module.Made(module.SINGLE, SimpleNamespace(id="p0"), stored, stored)
     lines = list(module.lines(runner, stored, [made], SimpleNamespace(id="c0")))
     assert f" {floor_of(comparison)}; full precision: " in lines[2]
+
+
+def test_options_that_cannot_be_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = load(ROOT / "benchmarks" / "replication.py")
+    store = tmp_path / "store"
+    monkeypatch.setattr("sys.argv", ["replication.py", "--fisher-samples", "1", "--store", str(store)])
+    with pytest.raises(SystemExit, match=r"^error: samples is 1; a standard error needs 2 or more$"):
+        module.main()
+    assert not store.exists()
