@@ -27,7 +27,9 @@ import torch
 from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig
 from fqdiff.context import Context
+from fqdiff.evidence.comparison import BASELINE, FLOOR
 from fqdiff.pipeline import Runner
+from fqdiff.report.words import interval
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
 
@@ -148,9 +150,11 @@ def table(rows: list[Row], runner: Runner) -> Iterator[str]:
     yield HEAD[1]
     first = next((row for row in rows if row["error"] is None), None)
     if first is not None:
-        floor = first["fid_floor"] - first["fid_full"]
+        compared = runner.store.find("comparison", first["comparison_id"])
+        assert compared is not None
+        floor = interval(runner.load(compared).pair("fid", FLOOR, BASELINE), "+.2f")
         error, own = first["image_mse_floor"], first["checkpoint_id"]
-        yield f"| float32, other noise | | 32 | {floor:+.2f} | | {error:.4f} | | 0 | | {own} |"
+        yield f"| float32, other noise | | 32 | {floor} | | {error:.4f} | | 0 | | {own} |"
     for row in sorted((row for row in rows if row["error"] is None), key=lambda row: float(row["image_mse"])):
         yield (
             f"| {words(row)} | {row['bytes']:,} | {row['bits_per_weight']:.2f} | {between(row, 'fid_difference', '+.2f')}"

@@ -36,6 +36,7 @@ from fqdiff.configs import (
     get_preset,
 )
 from fqdiff.context import Context
+from fqdiff.errors import FqdiffError
 from fqdiff.evidence.comparison import BASELINE, FLOOR, Difference
 from fqdiff.pipeline import Runner, Step
 from fqdiff.report.words import interval
@@ -99,11 +100,11 @@ def lines(runner: Runner, checkpoint: Manifest, made: list[Made], compared: Mani
         + (" image error | noise error | plan | model |")
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
-    error, fid = value.measure("image_mse", FLOOR), value.measure("fid", FLOOR)
+    error, fid = value.measure("image_mse", FLOOR), value.pair("fid", FLOOR, BASELINE)
     base = value.measure("fid", BASELINE)
     yield (
         f"| float32, other noise | 0 % | {full:,} | 100 % | {8 * full / parameters(runner, made[0]):.2f} |"
-        f" {fid.value - base.value:+.2f}; full precision: {base.value:.2f} [{base.low:.2f}, {base.high:.2f}] | |"
+        f" {interval(fid, '+.2f')}; full precision: {base.value:.2f} [{base.low:.2f}, {base.high:.2f}] | |"
         f" {error.value:.4f} | 0 | | {checkpoint.id} |"
     )
     for number, one in enumerate(made, start=1):
@@ -151,7 +152,7 @@ def against(value: Comparison, metric: str, one: int, other: int) -> str:
 
 
 def main() -> None:
-    """Make what is missing and print a table for each low format."""
+    """Read the options; what cannot be done is one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=Path(os.environ.get("FQDIFF_STORE", "fqdiff-store")))
     parser.add_argument("--preset", default="small", choices=("small", "paper", "tiny"))
@@ -163,14 +164,21 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    try:
+        run(options)
+    except FqdiffError as error:
+        raise SystemExit(f"error: {error.message}; {error.hint}") from None
 
+
+def run(options: argparse.Namespace) -> None:
+    """Make what is missing for ``options`` and print a table for each low format. Raises FqdiffError."""
+    config = FisherConfig(timesteps=1000, samples=options.fisher_samples)
     runner = Runner(Store(options.store), Context(torch.device(options.device)), command="benchmarks/replication.py")
     checkpoint = trained(options.preset, options.dataset, runner)
     given = checkpoint.input("dataset")
     assert given is not None
     dataset = runner.store.find("dataset", given.id)
     assert dataset is not None
-    config = FisherConfig(timesteps=1000, samples=options.fisher_samples)
     table = runner.run(Step("fisher", {"checkpoint": checkpoint, "dataset": dataset}, config))
     features = runner.run(Step("classifier", {"dataset": dataset}, ClassifierConfig()))
     sampling = SampleConfig(steps=options.steps, count=options.count)

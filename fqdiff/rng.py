@@ -9,7 +9,7 @@ def derive_seed(seed: int, *labels: str | int) -> int:
     """A 63-bit seed for one labelled use of ``seed``.
 
     ``derive_seed(0, "fisher", 17)`` depends on nothing but its arguments, so batch size, worker count and the order of
-    calls cannot change a result.
+    calls cannot change a random number.
     """
     text = repr((int(seed), *labels)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

@@ -71,6 +71,28 @@ def test_what_was_quantized_from_the_baseline_is_never_better(result: dict[str, 
     assert manifest.recipe.config["full_precision_of"] == []
 
 
+def test_models_of_two_image_sizes_are_refused_before_anything_is_sampled(store: Path) -> None:
+    good(
+        store,
+        "train",
+        "--preset",
+        "tiny",
+        "--dataset",
+        "mnist5k",
+        "--image-size",
+        "16",
+        "--steps",
+        "2",
+        "--name",
+        "large",
+    )
+    before = sorted(store.glob("samples/*"))
+    done = call(store, "compare", "full", "large", *quick(store))
+    assert done.exit_code == 1
+    assert "error: large makes images (1, 16, 16); full's data set has (1, 8, 8)" in done.stderr
+    assert sorted(store.glob("samples/*")) == before
+
+
 def test_the_text_leads_with_paired_metrics(store: Path) -> None:
     done = call(store, "compare", "full", "float32", "int8", "int2", *quick(store))
     lines = done.stdout.splitlines()

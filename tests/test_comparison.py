@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import norm, t
 from torch import Tensor
 
 from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig, SampleConfig
 from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ArtifactCorrupt, ConfigError, DataError, LineageError, NumericalError
-from fqdiff.evidence.comparison import Resampled, differences, network_differences
-from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
+from fqdiff.evidence.comparison import Measure, Resampled, differences, measures, network_differences
+from fqdiff.evidence.decisions import half_width, holm, holm_shares, images_needed, p_value, verdict
 from fqdiff.evidence.features import FeatureNetwork
 from fqdiff.evidence.frechet import frechet_distance_of_features
 from fqdiff.evidence.frechet_bootstrap import frechet_draws
 from fqdiff.evidence.kernel import kernel_distance, kernel_draws
-from fqdiff.evidence.resampling import draw_counts, mean_draws
+from fqdiff.evidence.resampling import draw_counts, mean_draws, widened
 from fqdiff.pipeline import External, Step, matching
+from fqdiff.report.words import measured
 from fqdiff.rng import generator
 from fqdiff.stages.compare import compare
 from fqdiff.store.codecs import CODECS
@@ -66,6 +67,43 @@ def test_the_number_of_images_needed_has_the_power_it_promises() -> None:
     assert power == pytest.approx(0.8, abs=0.002)
     assert images_needed(0.0, 0.2, 100, 0.95) is None
     assert images_needed(1e-12, 1.0, 100, 0.95) is None
+
+
+def test_the_number_of_runs_needed_is_by_students_t() -> None:
+    """2 runs that are 3 standard errors apart tell nothing: t has one degree of freedom. Rejects a normal N, which is 2."""
+    needed = images_needed(3.0, 1.0, 2, 0.95, freedom=1)
+    assert needed is not None
+
+    def enough(n: int) -> bool:
+        return bool(t.ppf(0.975, n - 1) + t.ppf(0.8, n - 1) <= 3 * (n / 2) ** 0.5)
+
+    assert (enough(needed - 1), enough(needed)) == (False, True)
+    assert images_needed(3.0, 1.0, 2, 0.95) == 2
+    assert images_needed(1e-12, 1.0, 100, 0.95, freedom=99) is None
+
+
+def test_what_holms_rule_leaves_to_a_test_is_what_it_holds_the_test_to() -> None:
+    """On paper for 4 tests at 5 %: 0.01 <= 0.05 / 4 is told, 0.02 > 0.05 / 3 is not, and so none after it."""
+    assert holm_shares([0.04, 0.01, 0.9, 0.02], 0.05) == pytest.approx([0.05 / 3, 0.05 / 4, 0.05 / 3, 0.05 / 3])
+    g = generator(0, "shares")
+    for p in (torch.rand(500, 6, generator=g, dtype=torch.float64) ** 4).tolist():
+        shares = holm_shares(p, 0.05)
+        assert [one <= share for one, share in zip(p, shares, strict=True)] == [q <= 0.05 for q in holm(p)]
+
+
+def test_what_cannot_be_told_needs_more_images_than_there_were() -> None:
+    """Rejects an N at the level of a single test: a z of 3.1 fails Holm's rule over 55 pairs, and 80 % power at 5 % needs 2.8."""
+    draws = torch.randn(4000, generator=generator(0, "many"), dtype=torch.float64)
+    draws = (draws - draws.mean()) / draws.std()
+    roles = ["baseline", *(f"model{k}" for k in range(1, 11))]
+    found = {role: Resampled(0.0, 0 * draws) for role in roles} | {"model1": Resampled(3.1, 3.1 + draws)}
+    rows = differences({"fid": found}, 10, (), 100, 0.95)
+    row = next(d for d in rows if (d.of, d.against) == ("model1", "baseline"))
+    assert (row.p < 0.05, row.verdict) == (True, "not distinguishable")
+    assert row.images_needed is not None
+    assert row.images_needed > 100
+    power = norm.sf(norm.ppf(1 - 0.05 / 55 / 2) - 3.1 * (row.images_needed / 100) ** 0.5)
+    assert power == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_value_beyond_full_precisions_is_no_merit() -> None:
@@ -120,6 +158,10 @@ def test_models_are_held_against_each_other_by_their_predictions_too() -> None:
     assert (row.metric, row.of, row.against, row.verdict) == ("noise_error", "model3", "model1", "worse")
     assert row.standard_error == pytest.approx(0.02, rel=0.1)
     assert row.images_needed == images_needed(row.difference, row.standard_error, 32, 0.95)
+    few = {role: replace(one, freedom=31) for role, one in noise.items()}
+    (wide,) = network_differences({"noise_error": few}, {"noise_error": 32}, 0.95)
+    assert wide.high - wide.difference == pytest.approx(t.ppf(0.975, 31) * row.standard_error)
+    assert wide.p == pytest.approx(2 * t.sf(wide.difference / wide.standard_error, 31))
     runs = {f"model{k}": Resampled(1.0 + 0.045 * k, 1.0 + 0.045 * k + 0.02 * k * draws) for k in (1, 2, 3)}
     rows = network_differences({"divergence": runs}, {"divergence": 16}, 0.95)
     assert [d.adjusted_p for d in rows] == pytest.approx(holm([d.p for d in rows]))
@@ -161,6 +203,24 @@ def test_under_the_null_differences_are_found_as_seldom_as_the_level_says() -> N
     """200 comparisons at 5 %: 10 expected; fewer than 3 or more than 18 have a probability below 1 % on either side."""
     for found in simulated(200, 0.0, 200, "null"):
         assert 3 <= found <= 18
+
+
+@pytest.mark.parametrize("runs", [2, 4, 16])
+def test_under_the_null_few_runs_tell_as_seldom_as_the_level_says(runs: int) -> None:
+    """Of 1000 comparisons at 5 % 50 are expected. Rejects normal intervals of plain resamples: 85 with 16 runs, 417 with 2."""
+    g = generator(0, "few runs", runs)
+    told = 0
+    for _ in range(1000):
+        common, counts = torch.randn(runs, generator=g), draw_counts(runs, 200, g)
+        found = {}
+        for role in ("model1", "model2"):
+            values = (common + 0.3 * torch.randn(runs, generator=g)).double()
+            mean = values.mean()
+            found[role] = Resampled(float(mean), widened(mean_draws(values, counts), mean, runs), runs - 1)
+        (row,) = network_differences({"divergence": found}, {"divergence": runs}, 0.95)
+        told += row.verdict != "not distinguishable"
+        assert row.verdict != "not distinguishable" or row.images_needed is None or row.images_needed > runs
+    assert 33 <= told <= 70
 
 
 def test_power_rises_with_the_number_of_images() -> None:
@@ -208,6 +268,20 @@ def test_correction_is_over_the_pairs_of_a_metric_and_leaves_the_floor_out() -> 
     paired = {"model1": resampled(0.1), "model2": resampled(0.9), "floor": resampled(3.0)}
     (row,) = differences({"image_mse": paired}, 2, [1], 100, 0.95)
     assert (row.of, row.against, row.verdict) == ("model2", "model1", "worse")
+
+
+def test_intervals_of_shares_end_at_nothing_and_at_all() -> None:
+    """Rejects a precision of 0.025 +- 0.041. A FID of 0.025 may well be one, and a stored interval is cut where it is printed."""
+    draws = 0.02 * torch.randn(1000, generator=generator(0, "shares"), dtype=torch.float64)
+    metrics = ("precision", "recall", "coverage", "density", "fid")
+    rows = measures({m: {"model1": Resampled(0.025, draws), "model2": Resampled(0.99, draws)} for m in metrics}, 0.95)
+    for row in rows:
+        shares = row.metric in metrics[:3]
+        assert (row.low == 0) == (shares and row.of == "model1")
+        assert (row.high == 1) == (shares and row.of == "model2")
+    stored = Measure("recall", "model1", 0.025, 0.02, -0.016, 0.066)
+    assert measured(stored, ".3f") == "0.025 [0.000, 0.066]"
+    assert measured(replace(stored, metric="fid"), ".3f") == "0.025 ± 0.041"
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------

@@ -151,3 +151,15 @@ def test_nothing_committed_names_a_path_of_this_machine() -> None:
     texts = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     for path in [*texts, *(ROOT / "examples").rglob("*.py"), *(ROOT / "examples").rglob("*.json")]:
         assert not re.search(r"/(root|home/\w+|tmp)/", path.read_text()), path
+
+
+def test_what_the_replication_says_of_fisher_information_follows_from_the_readmes_table() -> None:
+    """Rejects "block 1 alone has 99 %": that is its share of the means of a weight, not of all Fisher information."""
+    rows = re.findall(r"^([1-6]) +([\d,]+) .* (\S+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    means = {int(block): float(mean) for block, _, mean in rows}
+    sums = {int(block): int(weights.replace(",", "")) * means[int(block)] for block, weights, _ in rows}
+    first, second, sixth = (f"{sums[block] / sum(sums.values()):.0%}".replace("%", " %") for block in (1, 2, 6))
+    words = (ROOT / "docs" / "results" / "replication.md").read_text()
+    assert f"of the sum of these six means block 1 has {means[1] / sum(means.values()):.0%}".replace("%", " %") in words
+    assert f"block 1 has {first}, and block 6 ({sixth}) comes before block 2 ({second})" in words
+    assert "cannot be told from noise" not in words

@@ -11,10 +11,12 @@ from fqdiff.cli.sample import SAMPLER_HELP, sample_settings
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import artifact_data
 from fqdiff.configs import CompareConfig, SampleConfig, config_from_data
-from fqdiff.errors import ArtifactNotFound, ConfigError
+from fqdiff.errors import ArtifactNotFound, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
 
     from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
@@ -86,9 +88,11 @@ def compare(
     for ref, manifest in zip(refs, found, strict=True):
         if ancestor(session, manifest, "dataset").id != dataset.id:
             session.note(f"{ref} was made from another data set; the real images are {baseline}'s")
-    held_out = len(session.runner.load(dataset).reference)
+    reference = session.runner.load(dataset).reference
+    held_out = len(reference)
     if count is not None and count > held_out:
         raise ConfigError(f"{count} images asked for; there are {held_out} held-out ones", "lower --count")
+    check_image_shapes(session, refs, found, reference)
     network = choose_features(session, features, inception_weights, dataset)
     flags = {"sampler": sampler, "steps": steps, "eta": eta}
     sampling, seed = sampling_of(session, found, flags, count, held_out)
@@ -167,6 +171,22 @@ def check_model_is_there(session: Session, ref: str, found: "Manifest") -> None:
             f"{ref}: the model behind these samples, {model.kind} {model.id}, is not in the store any more",
             "make it again with the command that made it (fqdiff show), or leave the samples out",
         )
+
+
+def check_image_shapes(
+    session: Session, refs: "Sequence[str]", found: "Sequence[Manifest]", reference: "Tensor"
+) -> None:
+    """Raise DataError unless all of ``found`` make images of the shape of ``reference`` [N, C, H, W], before any is sampled."""
+    from fqdiff.values import Checkpoint
+
+    expected = tuple(reference.shape[1:])
+    for ref, manifest in zip(refs, found, strict=True):
+        checkpoint: Checkpoint = session.runner.load(ancestor(session, manifest, "checkpoint"))
+        if checkpoint.spec.image_shape != expected:
+            raise DataError(
+                f"{ref} makes images {checkpoint.spec.image_shape}; {refs[0]}'s data set has {expected}",
+                "compare models of one image size",
+            )
 
 
 def is_quantized_from(session: Session, found: "Manifest", baseline: "Manifest") -> bool:

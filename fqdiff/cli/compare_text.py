@@ -14,6 +14,7 @@ from fqdiff.report.words import (
     PAIRED_COLUMNS,
     WHAT_N_COUNTS,
     interval,
+    measured,
     pair_columns,
 )
 
@@ -51,12 +52,12 @@ def models_of(value: "Comparison") -> list[str]:
 
 
 def cells(measures: "Sequence[Measure]", role: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Value and half interval of each metric of ``role``; empty where it was not measured."""
+    """Value and interval of each metric of ``role``; empty where it was not measured."""
     found = {m.metric: m for m in measures if m.of == role}
     out = []
     for metric, (_, form) in columns.items():
         m = found.get(metric)
-        out.append("" if m is None else f"{m.value:{form}} ± {m.high - m.value:{form}}")
+        out.append("" if m is None else measured(m, form))
     return out
 
 

@@ -43,7 +43,7 @@ def sample(
         int | None,
         typer.Option(
             min=1,
-            help="Images per forward pass; changes no image.",
+            help="Images per forward pass. Noise stays the same; kernels may round a rare pixel to the next level.",
             show_default="100; with --max-memory what fits, 100 at most",
         ),
     ] = None,

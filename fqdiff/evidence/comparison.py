@@ -3,6 +3,7 @@
 Shapes: N images in every set and in the reference, D features, R resamples.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass
 from itertools import combinations
@@ -10,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from fqdiff.evidence.decisions import half_width, holm, images_needed, p_value, verdict
+from fqdiff.evidence.decisions import half_width, holm, holm_shares, images_needed, p_value, verdict
 from fqdiff.evidence.inception_score import inception_score_draws
 from fqdiff.evidence.kernel import kernel_draws
 from fqdiff.evidence.neighbours import manifold_draws
@@ -23,6 +24,7 @@ NETWORK = ("noise_error", "divergence")  # of the models themselves, measured in
 PAIRED = ("image_mse", "psnr", "ssim", "feature_distance")
 MANIFOLD = ("precision", "recall", "density", "coverage")
 DISTRIBUTION = ("fid", "kid", *MANIFOLD, "inception_score")
+SHARES = ("precision", "recall", "coverage")  # of images: from 0 to 1
 LOWER_IS_BETTER = (*NETWORK, "image_mse", "feature_distance", "fid", "kid")
 
 
@@ -40,10 +42,14 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A metric's ``value``, and its ``draws`` float64 [R], one of each resample."""
+    """A metric's ``value``, and its ``draws`` float64 [R], one of each resample.
+
+    ``freedom``: degrees of freedom of the standard error, where it rests on few samples.
+    """
 
     value: float
     draws: Tensor
+    freedom: float = math.inf
 
     @property
     def standard_error(self) -> float:
@@ -68,8 +74,8 @@ class Difference:
     """One metric ``of`` one role minus that of ``against``, its interval, and whether it is chance.
 
     ``p``: two-sided; ``adjusted_p``: after Holm's correction over all pairs of the metric. ``verdict``: one of VERDICTS, on
-    ``of``. ``images_needed``: with how many images a difference of this size would be told (of NETWORK metrics: with how many
-    inputs at each timestep, or runs of the sampler); None for no number.
+    ``of``. ``images_needed``: with how many images a difference of this size would be told, at the level that Holm's correction
+    leaves to it (of NETWORK metrics: with how many inputs at each timestep, or runs of the sampler); None for no number.
     """
 
     metric: str
@@ -130,15 +136,19 @@ def _resampled(draws: Tensor) -> Resampled:
 
 
 def measures(results: Results, level: float) -> tuple[Measure, ...]:
-    """One row for each metric and role; the intervals are normal ones of ``level``."""
+    """One row for each metric and role; the intervals are normal ones of ``level``, those of SHARES cut to what can be."""
     rows = []
     for metric in _in_order(results):
         for role, found in results[metric].items():
-            half = half_width(found.standard_error, level)
-            rows.append(
-                Measure(metric, role, found.value, found.standard_error, found.value - half, found.value + half)
-            )
+            half = half_width(found.standard_error, level, found.freedom)
+            ends = possible(metric, found.value - half, found.value + half)
+            rows.append(Measure(metric, role, found.value, found.standard_error, *ends))
     return tuple(rows)
+
+
+def possible(metric: str, low: float, high: float) -> tuple[float, float]:
+    """The interval's part that ``metric`` can have."""
+    return (max(low, 0.0), min(high, 1.0)) if metric in SHARES else (low, high)
 
 
 def model_roles(models: int) -> list[str]:
@@ -178,11 +188,12 @@ def differences(
     for metric in _in_order(results):
         by_role = results[metric]
         pairs = compared(metric, models)
-        adjusted = _adjusted(by_role, pairs)
+        tested = _tested(by_role, pairs, level)
         if FLOOR in by_role and metric not in PAIRED:
-            adjusted[FLOOR, BASELINE] = p_value(*_difference(by_role, FLOOR, BASELINE))
-        beyond = {role for role in own if _beyond(metric, by_role, role, adjusted.get((role, BASELINE), 1.0), level)}
-        rows += [_row(metric, by_role, pair, p, beyond, images, level) for pair, p in adjusted.items()]
+            tested |= _tested(by_role, [(FLOOR, BASELINE)], level)
+        told = {pair for pair, (adjusted, _) in tested.items() if adjusted <= 1 - level}
+        beyond = {role for role in own if (role, BASELINE) in told and _beats_baseline(metric, by_role, role)}
+        rows += [_row(metric, by_role, pair, test, beyond, images, level) for pair, test in tested.items()]
     return tuple(rows)
 
 
@@ -194,8 +205,8 @@ def network_differences(results: Results, samples: Mapping[str, int], level: flo
     rows: list[Difference] = []
     for metric in (m for m in NETWORK if m in results):
         by_role = results[metric]
-        adjusted = _adjusted(by_role, model_pairs([*by_role]))
-        rows += [_row(metric, by_role, pair, p, set(), samples[metric], level) for pair, p in adjusted.items()]
+        tested = _tested(by_role, model_pairs([*by_role]), level)
+        rows += [_row(metric, by_role, pair, test, set(), samples[metric], level) for pair, test in tested.items()]
     return tuple(rows)
 
 
@@ -203,24 +214,25 @@ def _in_order(results: Results) -> list[str]:
     return [metric for metric in (*PAIRED, *DISTRIBUTION) if metric in results]
 
 
-def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tuple[float, float]:
+def _difference(by_role: Mapping[str, Resampled], of: str, against: str) -> tuple[float, float, float]:
+    """The difference, its standard error, and the degrees of freedom of that."""
     a, b = by_role[of], by_role[against]
-    return a.value - b.value, float((a.draws - b.draws).std())
+    return a.value - b.value, float((a.draws - b.draws).std()), min(a.freedom, b.freedom)
 
 
-def _adjusted(by_role: Mapping[str, Resampled], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-    """The p-value of each pair after Holm's correction over all of them."""
-    return dict(zip(pairs, holm([p_value(*_difference(by_role, *pair)) for pair in pairs]), strict=True))
+def _tested(
+    by_role: Mapping[str, Resampled], pairs: Sequence[tuple[str, str]], level: float
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """Of each pair the p-value after Holm's correction over all of them, and what the one before it must not exceed."""
+    found = [p_value(*_difference(by_role, *pair)) for pair in pairs]
+    return dict(zip(pairs, zip(holm(found), holm_shares(found, 1 - level), strict=True), strict=True))
 
 
-def _beyond(metric: str, by_role: Mapping[str, Resampled], role: str, adjusted: float, level: float) -> bool:
-    """Whether ``role`` has a better value than the baseline, and by more than chance; ``adjusted``: the p-value of that pair.
+def _beats_baseline(metric: str, by_role: Mapping[str, Resampled], role: str) -> bool:
+    """Whether ``role`` has a better value than the baseline.
 
-    A point estimate is not enough: a model that cannot be told from its full precision has moved nowhere. A paired metric has no
-    value of the baseline to be beyond.
+    That alone puts it beyond nothing: a model that cannot be told from its full precision has moved nowhere.
     """
-    if metric in PAIRED or role not in by_role or adjusted > 1 - level:
-        return False
     return _gain(metric, by_role[role].value - by_role[BASELINE].value) > 0
 
 
@@ -233,13 +245,14 @@ def _row(
     metric: str,
     by_role: Mapping[str, Resampled],
     pair: tuple[str, str],
-    adjusted: float,
+    test: tuple[float, float],
     beyond: Set[str],
     samples: int,
     level: float,
 ) -> Difference:
-    d, error = _difference(by_role, *pair)
-    half, gain = half_width(error, level), _gain(metric, d)
+    d, error, freedom = _difference(by_role, *pair)
+    adjusted, share = test
+    half, gain = half_width(error, level, freedom), _gain(metric, d)
     word = verdict(gain, adjusted, level, pair[0 if gain > 0 else 1] in beyond)
-    needed = images_needed(d, error, samples, level)
-    return Difference(metric, *pair, d, error, d - half, d + half, p_value(d, error), adjusted, word, needed)
+    p, needed = p_value(d, error, freedom), images_needed(d, error, samples, 1 - share, freedom)
+    return Difference(metric, *pair, d, error, d - half, d + half, p, adjusted, word, needed)

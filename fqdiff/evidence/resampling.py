@@ -3,6 +3,8 @@
 Shapes: N images, R resamples.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ def draw_counts(images: int, resamples: int, generator: torch.Generator) -> Tens
         torch.randint(images, (images,), generator=generator).bincount(minlength=images) for _ in range(resamples)
     ]
     return torch.stack(counts).int()
+
+
+def widened(draws: Tensor, values: Tensor, samples: int) -> Tensor:
+    """``draws`` [R, ...] of means ``values`` [...] of so many samples, with the spread that such means have.
+
+    Resamples of n samples spread by (n - 1) / n of the variance of a mean of n: with two by half of it.
+    """
+    return values + (draws - values) * math.sqrt(samples / (samples - 1))
 
 
 def mean_draws(values: Tensor, counts: Tensor) -> Tensor:

@@ -87,4 +87,5 @@ def _chart(report: Report, curves: Sequence[Curve], name: str, point: str, label
 
 def _value(curve: Curve, number: int, level: float) -> str:
     found = curve.points[number]
-    return f"{found.value:.2e} ± {half_width(found.standard_error, level):.1e}" if found.value else "0"
+    half = half_width(found.standard_error, level, curve.samples - 1)
+    return f"{found.value:.2e} ± {half:.1e}" if found.value else "0"

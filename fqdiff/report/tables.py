@@ -10,6 +10,7 @@ from fqdiff.report.words import (
     NETWORK_COLUMNS,
     PAIRED_COLUMNS,
     interval,
+    measured,
     noise_share,
     pair_columns,
     times_smaller,
@@ -207,9 +208,9 @@ def _number(value: float | None, form: str) -> Cell:
 
 
 def _measured(value: Comparison, metric: str, role: str, columns: Mapping[str, tuple[str, str]]) -> Cell:
-    """Value and half interval; empty where the role has no such measure."""
+    """Value and interval; empty where the role has no such measure."""
     found = next((m for m in value.measures if (m.metric, m.of) == (metric, role)), None)
-    return _with_half((found.value, found.high - found.value) if found else None, columns[metric][1])
+    return EMPTY if found is None else Cell(measured(found, columns[metric][1]), found.value)
 
 
 def _with_half(found: tuple[float, float] | None, form: str) -> Cell:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fqdiff.evidence.comparison import Difference
+    from fqdiff.evidence.comparison import Difference, Measure
     from fqdiff.report.data import ModelRow, Report
 
 NETWORK_COLUMNS = {"noise_error": ("noise error", ".2e"), "divergence": ("divergence", ".2e")}
@@ -32,7 +32,10 @@ NO_GAIN = (
     "Not worse, not better: one of the two is nearer to the real images than the full precision it was made from, by more than "
     "chance. That is no gain: it moved away."
 )
-WHAT_N_COUNTS = "N that would tell: images; of noise errors inputs at each timestep, of divergence runs of the sampler."
+WHAT_N_COUNTS = (
+    "N that would tell, Holm's correction included: images; of noise errors inputs at each timestep, of divergence runs of the "
+    "sampler."
+)
 
 
 def pair_columns() -> dict[str, tuple[str, str]]:
@@ -44,6 +47,16 @@ def pair_columns() -> dict[str, tuple[str, str]]:
 def interval(d: "Difference", form: str) -> str:
     """The difference with its interval."""
     return f"{d.difference:{form}} [{d.low:{form}}, {d.high:{form}}]"
+
+
+def measured(m: "Measure", form: str) -> str:
+    """The value ± half its interval; its ends where a part of it cannot be, as below a precision of 0."""
+    from fqdiff.evidence.comparison import SHARES, possible
+
+    low, high = possible(m.metric, m.low, m.high)  # those that were stored before they were cut
+    if m.metric in SHARES and abs((high - m.value) - (m.value - low)) > 1e-6:
+        return f"{m.value:{form}} [{low:{form}}, {high:{form}}]"
+    return f"{m.value:{form}} ± {high - m.value:{form}}"
 
 
 def judged(d: "Difference") -> str:

@@ -16,7 +16,7 @@ from fqdiff.diffusion.samplers import run_sampler
 from fqdiff.errors import NumericalError
 from fqdiff.evidence.comparison import Resampled
 from fqdiff.evidence.decisions import half_width
-from fqdiff.evidence.resampling import draw_counts, mean_draws
+from fqdiff.evidence.resampling import draw_counts, mean_draws, widened
 from fqdiff.rng import generator
 from fqdiff.sensitivity.inputs import Inputs, draw_inputs, graded_timesteps
 from fqdiff.sensitivity.ledger import Ledger
@@ -152,12 +152,14 @@ def _measured(
     """A curve through the points ``at`` [P] for each role's row of ``values`` [M, P], and its mean with that of each resample.
 
     ``draws``: what resamples made of each row, [B, P]. Resample b drew the same samples for all roles: their means are paired.
+    Samples are few: errors have samples - 1 degrees of freedom. Over independent timesteps it is more, and intervals are wide.
     """
     curves, means = [], {}
     for role, row, drawn in zip(roles, values, draws, strict=True):
-        mean = means[role] = Resampled(float(row @ weights), drawn @ weights)
-        half = half_width(mean.standard_error, level)
-        points = zip(at.tolist(), weights.tolist(), row.tolist(), drawn.std(dim=0).tolist(), strict=True)
+        wide = widened(drawn, row, samples)
+        mean = means[role] = Resampled(float(row @ weights), wide @ weights, samples - 1)
+        half = half_width(mean.standard_error, level, mean.freedom)
+        points = zip(at.tolist(), weights.tolist(), row.tolist(), wide.std(dim=0).tolist(), strict=True)
         ends = mean.value - half, mean.value + half
         curves.append(Curve(role, samples, tuple(Point(*p) for p in points), mean.value, mean.standard_error, *ends))
     return tuple(curves), means

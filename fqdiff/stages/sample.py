@@ -1,4 +1,7 @@
-"""Images from a model. Image k depends on the model, the sampler and (seed, k): not on batch size or other images.
+"""Images from a model. Image k depends on the model, the sampler and (seed, k): its noise on no batch size or other image.
+
+Kernels of another batch size may round differently in the last bit, which rarely moves a pixel by one of its 256 levels. Runs and
+shards of one batch size make the same bytes.
 
 The work is cut into units of consecutive images. Each is kept as a part when it is done, so that a killed run continues, and
 several processes or machines can share the units: the images come out the same.

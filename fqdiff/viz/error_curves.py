@@ -81,7 +81,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], level: float, labels: Mapping[str
     for number, curve in enumerate(curves):
         at = np.array([p.at for p in curve.points])
         middle = np.array([p.value if p.value > 0 else np.nan for p in curve.points])
-        half = np.array([half_width(p.standard_error, level) for p in curve.points])
+        half = np.array([half_width(p.standard_error, level, curve.samples - 1) for p in curve.points])
         highest = max(highest, float(np.nanmax(middle + half, initial=0.0)))
         colour, line = curve_style(number)
         same = "" if curve.mean > 0 else " (identical)"

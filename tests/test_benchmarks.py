@@ -1,0 +1,55 @@
+"""What the scripts of benchmarks/ print, of comparisons made here."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fqdiff.report.words import interval
+from fqdiff.values import Comparison, Curve, Point
+from tests.test_comparison import comparison, real, sets  # noqa: F401 - fixtures
+from tests.test_docs import ROOT, load
+
+
+def floor_of(value: Comparison) -> str:
+    return interval(value.pair("fid", "floor", "baseline"), "+.2f")
+
+
+def test_the_field_s_table_has_an_interval_for_other_noise(comparison: Comparison) -> None:  # noqa: F811
+    found = SimpleNamespace(id="c0")
+    runner = SimpleNamespace(
+        store=SimpleNamespace(find=lambda kind, id_: found if (kind, id_) == ("comparison", "c0") else None),
+        load=lambda manifest: comparison,
+    )
+    ends = {
+        f"{name}{end}": 1.0 for name in ("fid_difference", "image_mse", "noise_error") for end in ("", "_low", "_high")
+    }
+    row = {
+        **ends, "error": None, "samples_id": "s0", "comparison_id": "c0", "checkpoint_id": "m0", "quantized_id": "q0",
+        "fid_floor": 2.0, "fid_full": 1.0, "image_mse_floor": 0.3, "bytes": 7, "bits_per_weight": 4.0, "verdict": "worse",
+        "making_seconds": 60.0,
+    }  # fmt: skip
+    lines = list(load(ROOT / "benchmarks" / "methods.py").table([row], runner))
+    assert f"| float32, other noise | | 32 | {floor_of(comparison)} |" in lines[2]
+
+
+def test_the_study_redone_has_an_interval_for_other_noise(comparison: Comparison) -> None:  # noqa: F811
+    module = load(ROOT / "benchmarks" / "replication.py")
+    curve = Curve("model1", 32, (Point(0, 1.0, 0.1, 0.01),), 0.1, 0.01, 0.08, 0.12)
+    plan = SimpleNamespace(parameters=100, entries=())
+    values = {"c0": replace(comparison, noise_error=(curve,)), "p0": plan}
+    runner = SimpleNamespace(load=lambda manifest: values[manifest.id])
+    stored = SimpleNamespace(id="m0", file=lambda name: SimpleNamespace(bytes=400))
+    made = module.Made(module.SINGLE, SimpleNamespace(id="p0"), stored, stored)
+    lines = list(module.lines(runner, stored, [made], SimpleNamespace(id="c0")))
+    assert f" {floor_of(comparison)}; full precision: " in lines[2]
+
+
+def test_options_that_cannot_be_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = load(ROOT / "benchmarks" / "replication.py")
+    store = tmp_path / "store"
+    monkeypatch.setattr("sys.argv", ["replication.py", "--fisher-samples", "1", "--store", str(store)])
+    with pytest.raises(SystemExit, match=r"^error: samples is 1; a standard error needs 2 or more$"):
+        module.main()
+    assert not store.exists()
