@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from fqdiff.cli.plan_budget import facts_text
 from fqdiff.configs import INTEGERS, PlanConfig, QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
@@ -306,6 +307,20 @@ def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     wider = INTEGERS[INTEGERS.index(inner) - 1]
     next_up = [replace(e, format=wider) if e.format == inner else e for e in made.entries]
     assert planned_bytes(checkpoint.spec, next_up) > 6.5 * made.parameters / 8 >= made.file_bytes
+
+
+def test_a_plan_of_one_width_claims_no_bound(offer: Offer, tmp_path: Path) -> None:
+    """Rejects its own value as the bound: a plan of many widths that fits is predicted less."""
+    for change in ({}, {"target_bpw": 0.0, "max_loss_increase": 0.5}):
+        made = make_plan(offer, budget_config(score="uniform", **change))
+        assert made.budget is not None
+        assert made.budget.lower_bound is None
+        assert "no plan" not in "".join(facts_text(made))
+        older = replace(made, budget=replace(made.budget, lower_bound=0.0))
+        for each in (made, older):
+            save_plan(each, tmp_path)
+            assert load_plan(tmp_path) == each
+        assert "no plan" not in "".join(facts_text(older))
 
 
 def test_a_limit_on_the_rise_is_kept_by_the_smallest_file(offer: Offer) -> None:

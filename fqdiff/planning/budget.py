@@ -28,11 +28,12 @@ class TargetTooSmall(ConfigError):
 @dataclass(frozen=True)
 class Choice:
     """A position in every parameter's options. ``lower_bound``: no plan that fits is predicted less (or, of a limit on the
-    rise, smaller) than this. ``constraint``: "budget", "max-loss-increase" or "none", where the best of all options fits.
+    rise, smaller) than this; None where only some plans were looked at. ``constraint``: "budget", "max-loss-increase" or
+    "none", where the best of all options fits.
     """
 
     positions: tuple[int, ...]
-    lower_bound: float
+    lower_bound: float | None
     constraint: str
 
 
@@ -155,4 +156,4 @@ def widest_uniform(
     chosen = min(fitting, key=lambda t: t[1]) if limited else fitting[0]
     first = chosen is (tried[-1] if limited else tried[0])
     constraint = "none" if first else "max-loss-increase" if limited else "budget"
-    return Choice(chosen[0], float(chosen[1]) if limited else chosen[2], constraint)
+    return Choice(chosen[0], None, constraint)
