@@ -309,6 +309,32 @@ def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     assert planned_bytes(checkpoint.spec, next_up) > 6.5 * made.parameters / 8 >= made.file_bytes
 
 
+def test_one_width_takes_the_best_of_its_granularities_that_fit(
+    checkpoint: Checkpoint, fisher_table: FisherTable
+) -> None:
+    """Rejects the first one listed."""
+    grains = ("tensor", "channel", "group-near:12")
+
+    def of(granularity: str, target: int) -> Plan:
+        config = budget_config(
+            score="uniform",
+            target_bpw=0.0,
+            target_bytes=target,
+            formats=("int4",),
+            ends="int4",
+            granularity=granularity,
+        )
+        return make_plan(make_offer(checkpoint, fisher_table, config, 0, Context()), config)
+
+    alone = [of(grain, FULL) for grain in grains]
+    assert len({made.file_bytes for made in alone}) == 3
+    for limit in alone:
+        made = of(",".join(grains), limit.file_bytes)
+        fitting = [a.budget.predicted for a in alone if a.budget and a.file_bytes <= limit.file_bytes]
+        assert made.budget is not None
+        assert made.budget.predicted == min(fitting)
+
+
 def test_a_plan_of_one_width_claims_no_bound(offer: Offer, tmp_path: Path) -> None:
     """Rejects its own value as the bound: a plan of many widths that fits is predicted less."""
     for change in ({}, {"target_bpw": 0.0, "max_loss_increase": 0.5}):

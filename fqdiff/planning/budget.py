@@ -130,7 +130,8 @@ def widest_uniform(
 ) -> Choice:
     """The widest format that all weight tensors but ``ends`` can have; ``fixed`` are the formats of biases and norms.
 
-    Within ``target`` bytes and a predicted rise of ``rise``; the narrowest that does, for a limit on the rise alone.
+    Within ``target`` bytes and a predicted rise of ``rise``; the smallest that does, for a limit on the rise alone. Of the
+    granularities that a width comes in, all tensors have the same: of those that fit, the one of least value.
     """
     weights = [name for name in market.options if name not in fixed and name not in ends]
     common = [o.format for o in market.options[weights[0]]]
@@ -140,11 +141,13 @@ def widest_uniform(
     tried = []
     for fmt in widths:
         allowed = {**dict.fromkeys(weights, fmt), **ends, **fixed}
-        positions = tuple(
-            next(j for j, o in enumerate(options) if o.format == allowed[name])
-            for name, options in market.options.items()
-        )
-        tried.append((positions, market.size(positions), total(market.values, positions)))
+        ways = [
+            [j for j, o in enumerate(options) if o.format == allowed[name]] for name, options in market.options.items()
+        ]
+        # Granularities come in the order of the settings; where two are one for a tensor, it has fewer of them.
+        each = {tuple(way[min(k, len(way) - 1)] for way in ways) for k in range(max(map(len, ways)))}
+        of_width = [(p, market.size(p), total(market.values, p)) for p in each]
+        tried += sorted(of_width, key=lambda t: (t[2], t[1], t[0]))
     fitting = [t for t in tried if t[1] <= target and t[2] <= rise]
     if not fitting and min(size for _, size, _ in tried) > target:
         raise TargetTooSmall(target, min(size for _, size, _ in tried))
@@ -154,6 +157,6 @@ def widest_uniform(
         )
     limited = rise < float("inf")
     chosen = min(fitting, key=lambda t: t[1]) if limited else fitting[0]
-    first = chosen is (tried[-1] if limited else tried[0])
+    first = chosen is (min(tried, key=lambda t: t[1]) if limited else tried[0])
     constraint = "none" if first else "max-loss-increase" if limited else "budget"
     return Choice(chosen[0], None, constraint)
