@@ -16,12 +16,12 @@ from fqdiff.configs import INTEGERS, PlanConfig, QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
 from fqdiff.planning import budget
-from fqdiff.planning.candidates import Market
+from fqdiff.planning.candidates import Market, Option
 from fqdiff.planning.knapsack import Array, frontier, lower_bound, relax, total, undominated
 from fqdiff.planning.plans import Offer, make_offer, make_plan, pareto
 from fqdiff.planning.scores import exchanged, fisher_importance, single_weights, timestep_weights
 from fqdiff.quant.formats import PerChannel, PerTensor, get_format, parse_granularity
-from fqdiff.quant.packed import pack_tensor, unpack_tensor
+from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.store.model_files import save_quantized
@@ -184,6 +184,30 @@ def test_the_smallest_size_is_reached_and_one_byte_less_is_an_error_that_names_i
     with pytest.raises(ConfigError, match=f"{least - 1:,} bytes") as caught:
         of_size(offer, least - 1)
     assert f"{least:,}" in caught.value.hint
+
+
+def small_market(seed: int) -> Market:
+    """Five tensors so small that their sizes decide how many digits the header's offsets have."""
+    draw = np.random.default_rng(seed)
+    grains = {"float16": PerTensor(), "int8": PerTensor(), "int6": PerChannel(0), "int8sym": PerTensor()}
+    options = {}
+    for k in range(5):
+        shape = (int(draw.integers(1, 5)), int(draw.integers(1, 90)))
+        ways = [(shape, get_format(name), grain) for name, grain in grains.items()]
+        options[f"p{k}"] = tuple(Option(way, "min-max", "nearest", stored_bytes(*way), draw.random()) for way in ways)
+    return Market({}, options)
+
+
+@pytest.mark.parametrize("seed", [3, 7, 11, 13, 18, 22])
+def test_no_target_that_some_plan_fits_is_refused(seed: int) -> None:
+    """Against every plan there is. Rejects the cheapest options as the smallest file."""
+    market = small_market(seed)
+    least = min(market.size(choice) for choice in itertools.product(range(4), repeat=5))
+    assert least < smallest(market)
+    assert market.size(budget.best_within(market, least).positions) == least
+    with pytest.raises(budget.TargetTooSmall) as caught:
+        budget.best_within(market, least - 1)
+    assert caught.value.smallest == least
 
 
 def test_a_budget_for_everything_keeps_everything(offer: Offer, checkpoint: Checkpoint) -> None:

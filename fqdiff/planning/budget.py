@@ -41,13 +41,15 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     """The choice of least value whose file takes at most ``target`` bytes, header included; ``values``: other than its own.
 
     The header's length depends on all choices together: the optima around the budget, with the header as it was in the last
-    round, are tried with the true size, best first. Then no single better option still fits. Raises TargetTooSmall,
-    naming the smallest size, where nothing fits.
+    round, are tried with the true size, best first. Then no single better option still fits. Raises TargetTooSmall, naming
+    the size that :func:`shrunk` finds, where that does not fit.
     """
     values, costs = market.values if values is None else values, market.costs
     cheapest = tuple(int(j) for j in costs.argmin(axis=1))
-    if target < (smallest := market.size(cheapest)):
-        raise TargetTooSmall(target, smallest)
+    if target < market.size(cheapest):
+        cheapest = shrunk(market, cheapest)
+        if target < (smallest := market.size(cheapest)):
+            raise TargetTooSmall(target, smallest)
     wide = keep_everything(market, values)
     if market.size(wide) <= target:
         return Choice(wide, 0.0, "none")
@@ -68,6 +70,23 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     best = polished(market, best, target, values)
     bound = min(max(lower_bound(values, costs, highest), 0.0), total(values, best))
     return Choice(best, bound, "none" if total(values, best) == float(values.min(axis=1).sum()) else "budget")
+
+
+def shrunk(market: Market, choice: tuple[int, ...]) -> tuple[int, ...]:
+    """``choice`` with single options put in that make the file smaller, until none does.
+
+    Of the cheapest choice there may be some: with fewer bytes in front, offsets in the header may have fewer digits.
+    """
+    costs, size = market.costs, market.size(choice)
+    while True:
+        now = np.arange(len(choice)), list(choice)
+        for i, j in np.argwhere(costs - costs[now][:, None] <= MARGIN).tolist():
+            changed = (*choice[:i], j, *choice[i + 1 :])
+            if (smaller := market.size(changed)) < size:
+                choice, size = changed, smaller
+                break
+        else:
+            return choice
 
 
 def keep_everything(market: Market, values: Array | None = None) -> tuple[int, ...]:
