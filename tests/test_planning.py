@@ -591,6 +591,27 @@ def test_squant_is_refused_where_scales_are_not_by_channel(checkpoint: Checkpoin
     assert {e.rounding for e in made.entries if e.format == "float32"} == {"nearest"}
 
 
+def test_squant_is_refused_with_ranges_that_cut_weights_off(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    """Rejects sums of errors of many steps in a channel, which squant brings to half a step at most."""
+    budget_settings: dict[str, object] = {"rounding": "squant", "granularity": "channel", "formats": ("int4", "int8")}
+    for config in (
+        PlanConfig("uniform", low="int4", rounding="squant", ranges=("mse",)),
+        budget_config(**budget_settings, ranges=("min-max", "fisher")),
+    ):
+        with pytest.raises(ConfigError, match="squant with the range") as caught:
+            plan(checkpoint, weight_table, None, config, 0, Context())
+        assert "--range min-max" in caught.value.hint
+    made = plan(checkpoint, weight_table, None, budget_config(**budget_settings), 0, Context())
+    assert {e.range for e in made.entries} == {"min-max"}
+    packed = quantize(checkpoint, made, weight_table, QuantizeConfig(), 0, Context()).packed
+    for name, each in packed.items():
+        if len(each.shape) == 4 and each.format.bits == 4:
+            grain = parse_granularity(next(e.granularity for e in made.entries if e.parameter == name))
+            assert isinstance(grain, PerChannel)
+            error = (unpack_tensor(each) - checkpoint.tensors[name]).movedim(grain.axis, 0).flatten(1).sum(dim=1)
+            assert bool((error.abs() <= 0.501 * each.parts["scale"]).all())
+
+
 def test_dominated_choices_are_left_out_of_the_search() -> None:
     values, costs = np.array([3.0, 2.0, 2.0, 5.0, 1.0, np.inf]), np.array([1.0, 2.0, 3.0, 2.0, 9.0, np.inf])
     assert undominated(values, costs).tolist() == [0, 1, 4]

@@ -42,7 +42,7 @@ from fqdiff.quant.formats import (
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
-from fqdiff.quant.rounding import NEAREST, SQUANT
+from fqdiff.quant.rounding import NEAREST, SQUANT, check_ranges
 from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, planned_bytes
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
@@ -250,6 +250,7 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
                     f"{setting} is about integer codes, and says nothing about {names}",
                     "leave it out, or use an integer format such as int4",
                 )
+    check_ranges(config.rounding, config.ranges)
     if config.by_element and not formats[0].is_cast:
         where = "begin the ladder with" if config.ladder else "--high,"
         raise ConfigError(f"single elements kept in {formats[0].name}", f"{where} a cast: {', '.join(CASTS)}")
