@@ -237,6 +237,10 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
     names = " and ".join(f.name for f in reversed(used))
     if config.ladder and any(a.bits <= b.bits for a, b in pairwise(formats)):
         raise ConfigError(f"ladder {','.join(config.ladder)}", "each format narrower than the one before")
+    if not config.ladder and len(used) == 2 and formats[0].bits < formats[1].bits:
+        raise ConfigError(
+            f"low {formats[1].name} has more bits than high {formats[0].name}", "important tensors go high: swap them"
+        )
     if config.symmetric and not any(f.is_integer for f in used):
         raise ConfigError(
             f"symmetric says nothing about {names}", "leave it out, or use an integer format such as int4"
