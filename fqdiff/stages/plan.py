@@ -247,6 +247,9 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
         )
     if config.scale != PlanConfig.scale and all(f.is_cast for f in used):
         raise ConfigError(f"{names} have no scales to store in {config.scale}", "leave it out, or use e.g. int4")
+    shared = ",".join(config.scale_granularities)
+    if shared != PlanConfig.granularity and all(f.is_cast for f in used):
+        raise ConfigError(f"{names} have no scales to share by {shared}", "leave it out, or use e.g. int4")
     if not any(f.is_integer for f in used):
         for setting, told in (("--rounding", config.rounding != NEAREST), ("--range", bool(config.ranges))):
             if told:
