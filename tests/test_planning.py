@@ -186,6 +186,15 @@ def test_the_smallest_size_is_reached_and_one_byte_less_is_an_error_that_names_i
     assert f"{least:,}" in caught.value.hint
 
 
+def test_a_plan_of_the_best_options_is_its_own_bound(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    """Rejects 0, which no plan reaches without a format that is exact."""
+    made = plan(checkpoint, fisher_table, None, budget_config(formats=("int8", "int4"), target_bpw=32.0), 0, Context())
+    assert made.budget is not None
+    assert made.budget.constraint == "none"
+    assert made.budget.lower_bound == made.budget.predicted > 0
+    assert "no plan is predicted less" in facts_text(made)[1]
+
+
 def small_market(seed: int) -> Market:
     """Five tensors so small that their sizes decide how many digits the header's offsets have."""
     draw = np.random.default_rng(seed)

@@ -52,7 +52,7 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
             raise TargetTooSmall(target, smallest)
     wide = keep_everything(market, values)
     if market.size(wide) <= target:
-        return Choice(wide, 0.0, "none")
+        return Choice(wide, total(values, wide), "none")
     best, offset = cheapest, market.size(cheapest) - total(costs, cheapest)
     highest = float(costs.min(axis=1).sum())
     for _ in range(ROUNDS):
@@ -68,8 +68,10 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
             break
         offset = new
     best = polished(market, best, target, values)
+    if total(values, best) == float(values.min(axis=1).sum()):
+        return Choice(best, total(values, best), "none")
     bound = min(max(lower_bound(values, costs, highest), 0.0), total(values, best))
-    return Choice(best, bound, "none" if total(values, best) == float(values.min(axis=1).sum()) else "budget")
+    return Choice(best, bound, "budget")
 
 
 def shrunk(market: Market, choice: tuple[int, ...]) -> tuple[int, ...]:
