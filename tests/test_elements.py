@@ -287,6 +287,20 @@ def test_a_rule_keeps_just_the_elements_whose_fisher_value_reaches_the_threshold
     assert {e.format for e in low.entries} == {"float32"}
 
 
+def test_the_ratio_keeps_no_more_than_its_share_where_values_are_equal(
+    checkpoint: Checkpoint, weight_table: FisherTable
+) -> None:
+    """Rejects a threshold alone, which all of the equal values reach."""
+    nothing = {name: torch.zeros_like(t) for name, t in checkpoint.tensors.items()}
+    table = replace(weight_table, weights=(WeightBin(0, 999, lambda: nothing),))
+    made = make(checkpoint, table, strategy="ratio", ratio=0.005, low="int2", granularity="element")
+    for block in "123456":
+        entries = [e for e in made.entries if e.block == block and len(e.shape) >= 2]
+        kept = sum(e.weights_by_format.get("float32", 0) for e in entries)
+        assert kept == round(0.005 * sum(prod(e.shape) for e in entries))
+        assert all(f"the top {kept} of " in e.rule for e in entries)
+
+
 def test_the_ratio_counts_elements_of_the_whole_block(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
     made = make(checkpoint, weight_table, strategy="ratio", ratio=0.02, low="int2", granularity="element")
     shapes = {e.parameter: e.shape for e in made.entries}

@@ -327,6 +327,24 @@ def test_every_share_is_offered_where_it_is_worth_its_bytes(checkpoint: Checkpoi
     assert counts_of(SHARES, 1) == ()
 
 
+def test_every_split_on_offer_can_be_packed(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    """Of channels near 0 alone float16 can hold no scales: rejects splits that are valued and never packed."""
+    tensors = {name: t.clone() for name, t in checkpoint.tensors.items()}
+    for t in tensors.values():
+        if t.ndim == 4:
+            t[: len(t) // 2] *= 1e-7
+    faint, config = replace(checkpoint, tensors=tensors), PlanConfig(target_bpw=6.0, formats=("int8", "int4"), **FREE)
+    options = make_offer(faint, weight_table, config, 0, Context()).market.options
+    fisher = weight_table.weights[0].read()
+    splits = 0
+    for name, each in options.items():
+        for option in each:
+            if tensors[name].ndim == 4 and isinstance(option.description[2], PerOutput):
+                option.stored(tensors[name], fisher[name])
+                splits += 1
+    assert splits > 5
+
+
 def test_a_rule_puts_the_channels_above_its_threshold_into_the_wider_format(
     checkpoint: Checkpoint, fisher_table: FisherTable
 ) -> None:

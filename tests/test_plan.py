@@ -207,7 +207,10 @@ def test_symmetric_turns_every_integer_format_into_the_row_without_zero_points(
     ("changes", "message"),
     [
         ({"symmetric": True}, "symmetric says nothing about float16 and float32"),
+        ({"low": "int3", "high": "int2"}, "low int3 has more bits than high int2"),
         ({"scale": "float16"}, "float16 and float32 have no scales"),
+        ({"granularity": "group:32"}, "float16 and float32 have no scales to share by group:32"),
+        ({"strategy": "uniform", "low": "bfloat16", "granularity": "tensor"}, "bfloat16 have no scales to share"),
         ({"strategy": "uniform", "low": "ternary", "high": "int8", "symmetric": True}, "nothing about ternary"),
     ],
 )

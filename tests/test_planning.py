@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from fqdiff.cli.plan_budget import facts_text
 from fqdiff.configs import INTEGERS, PlanConfig, QuantizeConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
 from fqdiff.planning import budget
-from fqdiff.planning.candidates import Market
+from fqdiff.planning.candidates import Market, Option
 from fqdiff.planning.knapsack import Array, frontier, lower_bound, relax, total, undominated
 from fqdiff.planning.plans import Offer, make_offer, make_plan, pareto
 from fqdiff.planning.scores import exchanged, fisher_importance, single_weights, timestep_weights
 from fqdiff.quant.formats import PerChannel, PerTensor, get_format, parse_granularity
-from fqdiff.quant.packed import pack_tensor, unpack_tensor
+from fqdiff.quant.packed import pack_tensor, stored_bytes, unpack_tensor
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
 from fqdiff.store.model_files import save_quantized
@@ -185,6 +186,39 @@ def test_the_smallest_size_is_reached_and_one_byte_less_is_an_error_that_names_i
     assert f"{least:,}" in caught.value.hint
 
 
+def test_a_plan_of_the_best_options_is_its_own_bound(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
+    """Rejects 0, which no plan reaches without a format that is exact."""
+    made = plan(checkpoint, fisher_table, None, budget_config(formats=("int8", "int4"), target_bpw=32.0), 0, Context())
+    assert made.budget is not None
+    assert made.budget.constraint == "none"
+    assert made.budget.lower_bound == made.budget.predicted > 0
+    assert "no plan is predicted less" in facts_text(made)[1]
+
+
+def small_market(seed: int) -> Market:
+    """Five tensors so small that their sizes decide how many digits the header's offsets have."""
+    draw = np.random.default_rng(seed)
+    grains = {"float16": PerTensor(), "int8": PerTensor(), "int6": PerChannel(0), "int8sym": PerTensor()}
+    options = {}
+    for k in range(5):
+        shape = (int(draw.integers(1, 5)), int(draw.integers(1, 90)))
+        ways = [(shape, get_format(name), grain) for name, grain in grains.items()]
+        options[f"p{k}"] = tuple(Option(way, "min-max", "nearest", stored_bytes(*way), draw.random()) for way in ways)
+    return Market({}, options)
+
+
+@pytest.mark.parametrize("seed", [3, 7, 11, 13, 18, 22])
+def test_no_target_that_some_plan_fits_is_refused(seed: int) -> None:
+    """Against every plan there is. Rejects the cheapest options as the smallest file."""
+    market = small_market(seed)
+    least = min(market.size(choice) for choice in itertools.product(range(4), repeat=5))
+    assert least < smallest(market)
+    assert market.size(budget.best_within(market, least).positions) == least
+    with pytest.raises(budget.TargetTooSmall) as caught:
+        budget.best_within(market, least - 1)
+    assert caught.value.smallest == least
+
+
 def test_a_budget_for_everything_keeps_everything(offer: Offer, checkpoint: Checkpoint) -> None:
     full = offer.market.size(budget.keep_everything(offer.market))
     made = of_size(offer, full)
@@ -306,6 +340,46 @@ def test_uniform_is_the_widest_single_width_with_the_ends_at_eight_bits(
     wider = INTEGERS[INTEGERS.index(inner) - 1]
     next_up = [replace(e, format=wider) if e.format == inner else e for e in made.entries]
     assert planned_bytes(checkpoint.spec, next_up) > 6.5 * made.parameters / 8 >= made.file_bytes
+
+
+def test_one_width_takes_the_best_of_its_granularities_that_fit(
+    checkpoint: Checkpoint, fisher_table: FisherTable
+) -> None:
+    """Rejects the first one listed."""
+    grains = ("tensor", "channel", "group-near:12")
+
+    def of(granularity: str, target: int) -> Plan:
+        config = budget_config(
+            score="uniform",
+            target_bpw=0.0,
+            target_bytes=target,
+            formats=("int4",),
+            ends="int4",
+            granularity=granularity,
+        )
+        return make_plan(make_offer(checkpoint, fisher_table, config, 0, Context()), config)
+
+    alone = [of(grain, FULL) for grain in grains]
+    assert len({made.file_bytes for made in alone}) == 3
+    for limit in alone:
+        made = of(",".join(grains), limit.file_bytes)
+        fitting = [a.budget.predicted for a in alone if a.budget and a.file_bytes <= limit.file_bytes]
+        assert made.budget is not None
+        assert made.budget.predicted == min(fitting)
+
+
+def test_a_plan_of_one_width_claims_no_bound(offer: Offer, tmp_path: Path) -> None:
+    """Rejects its own value as the bound: a plan of many widths that fits is predicted less."""
+    for change in ({}, {"target_bpw": 0.0, "max_loss_increase": 0.5}):
+        made = make_plan(offer, budget_config(score="uniform", **change))
+        assert made.budget is not None
+        assert made.budget.lower_bound is None
+        assert "no plan" not in "".join(facts_text(made))
+        older = replace(made, budget=replace(made.budget, lower_bound=0.0))
+        for each in (made, older):
+            save_plan(each, tmp_path)
+            assert load_plan(tmp_path) == each
+        assert "no plan" not in "".join(facts_text(older))
 
 
 def test_a_limit_on_the_rise_is_kept_by_the_smallest_file(offer: Offer) -> None:
@@ -512,6 +586,7 @@ def test_ranges_by_fisher_values_need_those_of_single_weights(
         with pytest.raises(ConfigError) as caught:
             plan(checkpoint, fisher_table, None, config, 0, Context())
         assert "--granularity weight" in caught.value.hint
+        assert config.strategy == "uniform" or "fqdiff plan TABLE" in caught.value.hint  # one may be there, and not named
 
 
 def test_squant_is_refused_where_scales_are_not_by_channel(checkpoint: Checkpoint, fisher_table: FisherTable) -> None:
@@ -524,6 +599,27 @@ def test_squant_is_refused_where_scales_are_not_by_channel(checkpoint: Checkpoin
     made = plan(checkpoint, None, None, PlanConfig("uniform", low="int4", rounding="squant"), 0, Context())
     assert {e.rounding for e in made.entries if e.format == "int4"} == {"squant"}
     assert {e.rounding for e in made.entries if e.format == "float32"} == {"nearest"}
+
+
+def test_squant_is_refused_with_ranges_that_cut_weights_off(checkpoint: Checkpoint, weight_table: FisherTable) -> None:
+    """Rejects sums of errors of many steps in a channel, which squant brings to half a step at most."""
+    budget_settings: dict[str, object] = {"rounding": "squant", "granularity": "channel", "formats": ("int4", "int8")}
+    for config in (
+        PlanConfig("uniform", low="int4", rounding="squant", ranges=("mse",)),
+        budget_config(**budget_settings, ranges=("min-max", "fisher")),
+    ):
+        with pytest.raises(ConfigError, match="squant with the range") as caught:
+            plan(checkpoint, weight_table, None, config, 0, Context())
+        assert "--range min-max" in caught.value.hint
+    made = plan(checkpoint, weight_table, None, budget_config(**budget_settings), 0, Context())
+    assert {e.range for e in made.entries} == {"min-max"}
+    packed = quantize(checkpoint, made, weight_table, QuantizeConfig(), 0, Context()).packed
+    for name, each in packed.items():
+        if len(each.shape) == 4 and each.format.bits == 4:
+            grain = parse_granularity(next(e.granularity for e in made.entries if e.parameter == name))
+            assert isinstance(grain, PerChannel)
+            error = (unpack_tensor(each) - checkpoint.tensors[name]).movedim(grain.axis, 0).flatten(1).sum(dim=1)
+            assert bool((error.abs() <= 0.501 * each.parts["scale"]).all())
 
 
 def test_dominated_choices_are_left_out_of_the_search() -> None:

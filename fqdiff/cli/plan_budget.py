@@ -191,12 +191,15 @@ def facts_text(value: "Plan") -> list[str]:
     b = value.budget
     if b is None:
         return []
+    bound = b.lower_bound if b.score != "uniform" else None  # older plans of one width have one that is none
     if b.target_bytes is not None:
         asked = f"target {b.target_bytes:,} bytes, {b.target_bytes - value.file_bytes:,} of them unused"
-        best = f"; no plan that fits is predicted less than {b.lower_bound:.4g}" if b.lower_bound is not None else ""
+        best = f"; no plan that fits is predicted less than {bound:.4g}" if bound is not None else ""
+        if bound is not None and b.constraint == "none":
+            best = "; no plan is predicted less"
     else:
         asked = f"predicted rise at most {b.max_loss_increase:g}"
-        best = f"; no plan that keeps it is smaller than {math.ceil(b.lower_bound or 0):,} bytes"
+        best = f"; no plan that keeps it is smaller than {math.ceil(bound):,} bytes" if bound is not None else ""
     weights = f", timestep weights {b.timestep_weights}" if b.score not in ("trajectory", "weight-mse") else ""
     facts = [f"{asked}; constraint: {b.constraint}", f"score {b.score}{weights}: predicted {b.predicted:.4g}{best}"]
     unit = "steps x {} sampler runs" if b.score == "trajectory" else "timesteps x {} training images"

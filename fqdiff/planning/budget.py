@@ -28,11 +28,12 @@ class TargetTooSmall(ConfigError):
 @dataclass(frozen=True)
 class Choice:
     """A position in every parameter's options. ``lower_bound``: no plan that fits is predicted less (or, of a limit on the
-    rise, smaller) than this. ``constraint``: "budget", "max-loss-increase" or "none", where the best of all options fits.
+    rise, smaller) than this; None where only some plans were looked at. ``constraint``: "budget", "max-loss-increase" or
+    "none", where the best of all options fits.
     """
 
     positions: tuple[int, ...]
-    lower_bound: float
+    lower_bound: float | None
     constraint: str
 
 
@@ -40,16 +41,18 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     """The choice of least value whose file takes at most ``target`` bytes, header included; ``values``: other than its own.
 
     The header's length depends on all choices together: the optima around the budget, with the header as it was in the last
-    round, are tried with the true size, best first. Then no single better option still fits. Raises TargetTooSmall,
-    naming the smallest size, where nothing fits.
+    round, are tried with the true size, best first. Then no single better option still fits. Raises TargetTooSmall, naming
+    the size that :func:`shrunk` finds, where that does not fit.
     """
     values, costs = market.values if values is None else values, market.costs
     cheapest = tuple(int(j) for j in costs.argmin(axis=1))
-    if target < (smallest := market.size(cheapest)):
-        raise TargetTooSmall(target, smallest)
+    if target < market.size(cheapest):
+        cheapest = shrunk(market, cheapest)
+        if target < (smallest := market.size(cheapest)):
+            raise TargetTooSmall(target, smallest)
     wide = keep_everything(market, values)
     if market.size(wide) <= target:
-        return Choice(wide, 0.0, "none")
+        return Choice(wide, total(values, wide), "none")
     best, offset = cheapest, market.size(cheapest) - total(costs, cheapest)
     highest = float(costs.min(axis=1).sum())
     for _ in range(ROUNDS):
@@ -65,8 +68,27 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
             break
         offset = new
     best = polished(market, best, target, values)
+    if total(values, best) == float(values.min(axis=1).sum()):
+        return Choice(best, total(values, best), "none")
     bound = min(max(lower_bound(values, costs, highest), 0.0), total(values, best))
-    return Choice(best, bound, "none" if total(values, best) == float(values.min(axis=1).sum()) else "budget")
+    return Choice(best, bound, "budget")
+
+
+def shrunk(market: Market, choice: tuple[int, ...]) -> tuple[int, ...]:
+    """``choice`` with single options put in that make the file smaller, until none does.
+
+    Of the cheapest choice there may be some: with fewer bytes in front, offsets in the header may have fewer digits.
+    """
+    costs, size = market.costs, market.size(choice)
+    while True:
+        now = np.arange(len(choice)), list(choice)
+        for i, j in np.argwhere(costs - costs[now][:, None] <= MARGIN).tolist():
+            changed = (*choice[:i], j, *choice[i + 1 :])
+            if (smaller := market.size(changed)) < size:
+                choice, size = changed, smaller
+                break
+        else:
+            return choice
 
 
 def keep_everything(market: Market, values: Array | None = None) -> tuple[int, ...]:
@@ -129,7 +151,8 @@ def widest_uniform(
 ) -> Choice:
     """The widest format that all weight tensors but ``ends`` can have; ``fixed`` are the formats of biases and norms.
 
-    Within ``target`` bytes and a predicted rise of ``rise``; the narrowest that does, for a limit on the rise alone.
+    Within ``target`` bytes and a predicted rise of ``rise``; the smallest that does, for a limit on the rise alone. Of the
+    granularities that a width comes in, all tensors have the same: of those that fit, the one of least value.
     """
     weights = [name for name in market.options if name not in fixed and name not in ends]
     common = [o.format for o in market.options[weights[0]]]
@@ -139,11 +162,13 @@ def widest_uniform(
     tried = []
     for fmt in widths:
         allowed = {**dict.fromkeys(weights, fmt), **ends, **fixed}
-        positions = tuple(
-            next(j for j, o in enumerate(options) if o.format == allowed[name])
-            for name, options in market.options.items()
-        )
-        tried.append((positions, market.size(positions), total(market.values, positions)))
+        ways = [
+            [j for j, o in enumerate(options) if o.format == allowed[name]] for name, options in market.options.items()
+        ]
+        # Granularities come in the order of the settings; where two are one for a tensor, it has fewer of them.
+        each = {tuple(way[min(k, len(way) - 1)] for way in ways) for k in range(max(map(len, ways)))}
+        of_width = [(p, market.size(p), total(market.values, p)) for p in each]
+        tried += sorted(of_width, key=lambda t: (t[2], t[1], t[0]))
     fitting = [t for t in tried if t[1] <= target and t[2] <= rise]
     if not fitting and min(size for _, size, _ in tried) > target:
         raise TargetTooSmall(target, min(size for _, size, _ in tried))
@@ -153,6 +178,6 @@ def widest_uniform(
         )
     limited = rise < float("inf")
     chosen = min(fitting, key=lambda t: t[1]) if limited else fitting[0]
-    first = chosen is (tried[-1] if limited else tried[0])
+    first = chosen is (min(tried, key=lambda t: t[1]) if limited else tried[0])
     constraint = "none" if first else "max-loss-increase" if limited else "budget"
-    return Choice(chosen[0], float(chosen[1]) if limited else chosen[2], constraint)
+    return Choice(chosen[0], None, constraint)

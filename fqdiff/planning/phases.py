@@ -177,7 +177,7 @@ def best_within(market: Market, target: int, limit: int | None) -> Best:
             f"the least is {total(reads, least):,.0f} bytes: --traffic-bpw {_bits_per_weight(market, total(reads, least))}",
         )
     over, best, price = free.positions, least, 0.0
-    bound = free.lower_bound if free.constraint != "none" else total(values, free.positions)
+    bound = _floor(free, values)
     under, constraint = least, free.constraint
     for _ in range(ROUNDS):
         price = (total(values, under) - total(values, over)) / (total(reads, over) - total(reads, under))
@@ -186,8 +186,7 @@ def best_within(market: Market, target: int, limit: int | None) -> Best:
         priced = values + price * reads
         found = budget.best_within(market, target, priced)
         constraint = found.constraint
-        floor = found.lower_bound if constraint != "none" else total(priced, found.positions)
-        bound = max(bound, floor - price * limit)
+        bound = max(bound, _floor(found, priced) - price * limit)
         if total(priced, found.positions) >= total(priced, under) * (1 - 1e-12):
             break
         if total(reads, found.positions) > limit:
@@ -198,6 +197,14 @@ def best_within(market: Market, target: int, limit: int | None) -> Best:
     best = budget.polished(market, best, target, values, (reads, limit))
     binds = "traffic" if constraint == "none" else "budget and traffic"
     return Best(budget.Choice(best, min(max(bound, 0.0), total(values, best)), binds), price)
+
+
+def _floor(found: budget.Choice, values: Array) -> float:
+    """What no choice gets below in ``values``, of which ``found`` is the best that fits."""
+    if found.constraint == "none":
+        return total(values, found.positions)
+    assert found.lower_bound is not None
+    return found.lower_bound
 
 
 def _bits_per_weight(market: Market, size: float) -> float:

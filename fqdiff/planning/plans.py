@@ -30,6 +30,7 @@ from fqdiff.planning.refine import Found, refine, solve
 from fqdiff.quant.formats import get_format, without_zero_point
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
+from fqdiff.quant.rounding import SQUANT, check_ranges
 from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.sensitivity.plans import ENDS
 from fqdiff.values import Alternative, Budget, Checkpoint, Dataset, FisherTable, Plan, PlanEntry, model_description
@@ -205,13 +206,16 @@ def offered_formats(config: PlanConfig, single_weights: bool) -> tuple[str, ...]
 
 
 def ways(config: PlanConfig, single_weights: bool, boundaries: Mapping[str, int]) -> Ways:
-    """What the settings offer. Unless named, fitted formats and ranges only where single weights' Fisher values are known.
+    """What the settings offer. Unless named, fitted formats and ranges only where single weights' Fisher values are known,
+    and with squant no ranges but min-max; raises ConfigError where it has others.
 
     Fitted to nothing but the weights, they predict less rise and cause more: what they cut off is cut off in one direction.
     ``boundaries``: see :func:`fqdiff.quant.granularity.granularities`.
     """
     named = offered_formats(config, single_weights)
-    ranges = config.ranges or ((MIN_MAX, FISHER) if single_weights else (MIN_MAX,))
+    check_ranges(config.rounding, config.ranges)
+    fitted = single_weights and config.rounding != SQUANT
+    ranges = config.ranges or ((MIN_MAX, FISHER) if fitted else (MIN_MAX,))
     formats = tuple(without_zero_point(get_format(f)).name if config.symmetric else f for f in named)
     return Ways(
         tuple(dict.fromkeys(formats)),

@@ -217,7 +217,7 @@ def _pack_by_codebook(x: Tensor, fmt: Format, granularity: Granularity, weight: 
     codebook = fit_codebook(rows, weights, 2 ** int(fmt.bits)).to(granularity.scale_dtype)
     if not torch.isfinite(codebook).all():
         raise QuantizationError(
-            f"values up to {float(x.abs().max()):.3g} in a codebook of {granularity.scale_dtype}", "use float32 scales"
+            f"values up to {float(x.abs().max()):.3g} in a codebook of {granularity.scale_dtype}", "use --scale float32"
         )
     codes = nearest_entry(rows, codebook.float()).to(torch.uint8)  # to the entries as they are stored
     stream = pack(from_rows(codes, tuple(x.shape), granularity), fmt.bits)

@@ -183,7 +183,7 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
         above = (nearest.view(torch.int16) + 1).view(torch.float16)  # of positive floats: the next one
         scale = torch.where(nearest.double() < scale, above, nearest)
         if 0 < largest < LEAST_FLOAT16_SCALE or not torch.isfinite(scale).all():
-            raise QuantizationError(f"float16 cannot hold scales up to {largest:.3g}", "use float32 scales")
+            raise QuantizationError(f"float16 cannot hold scales up to {largest:.3g}", "use --scale float32")
     scale = scale.float()
     # A group of zeros, or of numbers too small for a float32 step, is stored as zeros: any step will do.
     return torch.where(scale > 0, scale, torch.ones_like(scale))

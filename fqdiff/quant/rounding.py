@@ -3,6 +3,8 @@
 Shapes: O output channels, I input channels, k weights of one kernel.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from fqdiff.configs import ROUNDINGS
 from fqdiff.errors import ConfigError
 from fqdiff.quant.formats import Format, Granularity, PerChannel
 from fqdiff.quant.qparams import QParams, from_rows, group_rows, quantize
+from fqdiff.quant.ranges import MIN_MAX
 
 NEAREST, SQUANT = ROUNDINGS
 
@@ -26,6 +29,15 @@ def rounded(x: Tensor, qparams: QParams, fmt: Format, granularity: Granularity, 
     kernel = torch.Size(x.shape[2:]).numel() if x.ndim > 2 else 1
     codes = squant(rows, kernel, fmt.qmax).to(torch.uint8)
     return from_rows(codes, tuple(x.shape), granularity)
+
+
+def check_ranges(rounding: str, ranges: Iterable[str]) -> None:
+    """Raise ConfigError for squant with ranges that cut weights off: all of these err in one direction, beyond any mending."""
+    if rounding == SQUANT and (cutting := [span for span in ranges if span != MIN_MAX]):
+        raise ConfigError(
+            f"squant with the range {', '.join(cutting)}, outside of which no sum of errors can be mended",
+            f"squant goes with --range {MIN_MAX}",
+        )
 
 
 def squant(rows: Tensor, kernel: int, qmax: int) -> Tensor:

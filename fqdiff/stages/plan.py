@@ -11,6 +11,7 @@ is stored in two at most: :func:`ways_of_storing` gives none of them a narrower 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +42,26 @@ from fqdiff.quant.formats import (
 from fqdiff.quant.granularity import granularities
 from fqdiff.quant.packed import stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
-from fqdiff.quant.rounding import NEAREST, SQUANT
+from fqdiff.quant.rounding import NEAREST, SQUANT, check_ranges
 from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, planned_bytes
 
 BLOCKS = ("1", "2", "3", "4", "5", "6")
 INFINITE = float("inf")
 Scores = Mapping[str, float]
 Values = Mapping[str, Tensor]  # Fisher values that a threshold is held against: of the tensor, [1], or of each element
-Rule = tuple[tuple[float, ...], str]  # thresholds, falling, one fewer than formats, and where they come from
 Asked = Mapping[Format, int]  # formats, widest first, and how many of a tensor's values ask for each
+
+
+class Rule(NamedTuple):
+    """``thresholds``, falling, one fewer than formats, and in ``words`` where they come from.
+
+    ``top``: how many of the parameter's values go to the widest format, where a rule counts them: with values that are equal
+    to the threshold it keeps some and not others.
+    """
+
+    thresholds: tuple[float, ...]
+    words: str
+    top: int | None = None
 
 
 def plan_by_gain(
@@ -109,7 +121,7 @@ def plan(
     values: Values = {}
     if config.strategy == "uniform":
         scores: Scores = {}
-        rules: Mapping[str, Rule] = dict.fromkeys(weights, ((INFINITE,), "uniform: every weight tensor goes low"))
+        rules: Mapping[str, Rule] = dict.fromkeys(weights, Rule((INFINITE,), "uniform: every weight tensor goes low"))
     else:
         if fisher is None:
             raise ConfigError(f"strategy '{config.strategy}' needs Fisher values", "run fqdiff fisher first")
@@ -225,12 +237,19 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
     names = " and ".join(f.name for f in reversed(used))
     if config.ladder and any(a.bits <= b.bits for a, b in pairwise(formats)):
         raise ConfigError(f"ladder {','.join(config.ladder)}", "each format narrower than the one before")
+    if not config.ladder and len(used) == 2 and formats[0].bits < formats[1].bits:
+        raise ConfigError(
+            f"low {formats[1].name} has more bits than high {formats[0].name}", "important tensors go high: swap them"
+        )
     if config.symmetric and not any(f.is_integer for f in used):
         raise ConfigError(
             f"symmetric says nothing about {names}", "leave it out, or use an integer format such as int4"
         )
     if config.scale != PlanConfig.scale and all(f.is_cast for f in used):
         raise ConfigError(f"{names} have no scales to store in {config.scale}", "leave it out, or use e.g. int4")
+    shared = ",".join(config.scale_granularities)
+    if shared != PlanConfig.granularity and all(f.is_cast for f in used):
+        raise ConfigError(f"{names} have no scales to share by {shared}", "leave it out, or use e.g. int4")
     if not any(f.is_integer for f in used):
         for setting, told in (("--rounding", config.rounding != NEAREST), ("--range", bool(config.ranges))):
             if told:
@@ -238,6 +257,7 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
                     f"{setting} is about integer codes, and says nothing about {names}",
                     "leave it out, or use an integer format such as int4",
                 )
+    check_ranges(config.rounding, config.ranges)
     if config.by_element and not formats[0].is_cast:
         where = "begin the ladder with" if config.ladder else "--high,"
         raise ConfigError(f"single elements kept in {formats[0].name}", f"{where} a cast: {', '.join(CASTS)}")
@@ -260,13 +280,15 @@ def decide(
     """The formats that one parameter asks for, the thresholds and the rule in words.
 
     Each of its values, one for the tensor or one for each element or channel, asks for the widest format whose threshold it
-    reaches. No thresholds where none decided.
+    reaches, or, where the rule counts them, so many of the largest do for the widest. No thresholds where none decided.
     """
     if name in rules:
-        thresholds, rule = rules[name]
+        thresholds, rule, top = rules[name]
         if name not in values:
             return {formats[-1]: 1}, thresholds, rule
         below = [int((values[name].double() < threshold).sum()) for threshold in thresholds]
+        if top is not None:
+            below[0] = values[name].numel() - top
         counts = [more - less for more, less in pairwise([values[name].numel(), *below, 0])]
         return {fmt: n for fmt, n in zip(formats, counts, strict=True) if n}, thresholds, rule
     if len(shape) >= 2:
@@ -345,7 +367,7 @@ def pooled(values: Values, members: Iterable[str]) -> Tensor:
 def single_threshold(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
     """One threshold for the whole model."""
     words = f"threshold {config.threshold:g} for the whole model{ladder_words(config)}"
-    return dict.fromkeys(values, (falling(config.threshold, config), words))
+    return dict.fromkeys(values, Rule(falling(config.threshold, config), words))
 
 
 def group_thresholds(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
@@ -356,20 +378,26 @@ def group_thresholds(values: Values, blocks: Mapping[str, str], config: PlanConf
         members = [name for name in values if int(blocks[name]) in group]
         threshold = config.thresholds[index] if config.thresholds else float(pooled(values, members).mean())
         words = f"group {format_groups((group,))}: {'given' if config.thresholds else 'its mean Fisher value'}"
-        rules |= dict.fromkeys(members, (falling(threshold, config), words + ladder_words(config)))
+        rules |= dict.fromkeys(members, Rule(falling(threshold, config), words + ladder_words(config)))
     return rules
 
 
 def block_ratio(values: Values, blocks: Mapping[str, str], config: PlanConfig) -> dict[str, Rule]:
-    """In each block the share ``ratio`` with the highest Fisher values stays, of tensors or of elements (rounded)."""
+    """In each block the share ``ratio`` with the highest Fisher values stays, of tensors or of their parts (rounded).
+
+    Of equals the first.
+    """
     rules: dict[str, Rule] = {}
     for block in BLOCKS:
         members = [name for name in values if blocks[name] == block]
-        ordered = pooled(values, members).sort(descending=True).values
-        keep = round(config.ratio * len(ordered))
-        threshold = float(ordered[keep - 1]) if keep else INFINITE
-        words = f"block {block}: the top {keep} of {len(ordered)} stay{ladder_words(config)}"
-        rules |= dict.fromkeys(members, (falling(threshold, config), words))
+        ordered = pooled(values, members).sort(descending=True, stable=True)
+        keep = round(config.ratio * len(ordered.values))
+        threshold = float(ordered.values[keep - 1]) if keep else INFINITE
+        words = f"block {block}: the top {keep} of {len(ordered.values)} stay{ladder_words(config)}"
+        stays = torch.zeros(len(ordered.values), dtype=torch.bool).index_fill(0, ordered.indices[:keep], True)
+        parts = stays.split([values[name].numel() for name in members])
+        for name, part in zip(members, parts, strict=True):
+            rules[name] = Rule(falling(threshold, config), words, int(part.sum()))
     return rules
 
 
@@ -382,7 +410,7 @@ def mean_minus_deviations(values: Values, blocks: Mapping[str, str], config: Pla
         mean, std = float(pool.mean()), float(pool.std(correction=0))
         k = min(max(config.mean_std * mean / std, 0.1), 2.0) if std > 0 else 0.1
         words = f"block {block}: mean - {k:.2f} std{ladder_words(config)}"
-        rules |= dict.fromkeys(members, (falling(mean - k * std, config), words))
+        rules |= dict.fromkeys(members, Rule(falling(mean - k * std, config), words))
     return rules
 
 
