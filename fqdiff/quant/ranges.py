@@ -41,7 +41,8 @@ def fitted_qparams(
     """
     if span == FISHER and weight is None:
         raise ConfigError(
-            "a range by Fisher values without the values of single weights", "fqdiff fisher --granularity weight"
+            "a range by Fisher values without the values of single weights",
+            "name a table that has them, fqdiff plan TABLE; fqdiff fisher --granularity weight makes one",
         )
     if not fmt.is_integer or span == MIN_MAX:
         return choose_qparams(x, fmt, granularity, weight if span == FISHER else None)
