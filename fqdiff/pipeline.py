@@ -126,7 +126,7 @@ STAGES: Mapping[str, Stage] = {
         "comparison",
         "fqdiff.stages.compare:compare",
         ("dataset", "features", "baseline", "floor", "model*", "network*"),
-        schema=3,
+        schema=4,
         compares=True,
     ),
 }
