@@ -252,7 +252,7 @@ def test_bad_input_is_one_line_and_makes_nothing(
 def test_the_artifact_is_plain_json(result: dict[str, Any], store: Path) -> None:
     path = Store(store).directory("comparison", str(result["id"])) / "comparison.json"
     data = json.loads(path.read_text())
-    assert data["schema"] == 4
+    assert data["schema"] == 3
     assert data["measures"] == result["measures"]
 
 
