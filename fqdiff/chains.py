@@ -81,7 +81,7 @@ def make_chain(
 
     def row(label: str, plan: Step | None, model: Step, samples: Step) -> ModelSteps:
         inputs = {"samples": samples, "dataset": dataset, "features": classifier}
-        if plan is not None:
+        if samples is not full:
             inputs["baseline"] = full
         return ModelSteps(label, plan, model, samples, Step("fid", inputs, fid))
 

@@ -189,12 +189,13 @@ def test_inception_features_are_named_with_the_hash_of_their_weights(store: Path
         copy, "fid", samples.id, "--features", "inception", "--inception-weights", str(weights), "--count", "10"
     )
     assert (data["features"], data["dimension"], data["n"]) == ("inception-clean", 2048, 10)
+    assert {m["metric"] for m in data["measures"]} >= {"fid", "kid", "inception_score"}  # type: ignore[attr-defined]
     assert data["features_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
     ("interval", "verdict"),
-    [((-1.0, 0.5), "not distinguishable"), ((0.1, 0.5), "distinguishable at"), ((-2.0, -0.1), "lower is no gain")],
+    [((-1.0, 0.5), ": not distinguishable"), ((0.1, 0.5), ": worse"), ((-2.0, -0.1), "lower is no gain")],
 )
 def test_a_difference_is_put_in_words(store: Path, interval: tuple[float, float], verdict: str) -> None:
     (manifest,) = Store(store).manifests("metrics")

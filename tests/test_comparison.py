@@ -552,7 +552,9 @@ def test_a_network_that_gives_logits_too_has_an_inception_score(
     assert network.extract(images).shape == (4, 64)
     assert network.probabilities is not None
     sure = 1 / (1 + math.exp(-18))
-    assert network.probabilities(images)[0].tolist() == pytest.approx([1 - sure, sure], rel=1e-5)
+    assert network.probabilities(images, network.extract(images))[0].tolist() == pytest.approx(
+        [1 - sure, sure], rel=1e-5
+    )
     assert load_torchscript(saved(Halves(), tmp_path / "halves.pt")).probabilities is None
     reduced = replace(network, extract=lambda x: network.extract(x)[:, ::7])
     found = compare(real, reduced, sets["baseline"], None, [sets["dark"]], [], CONFIG, 0, Context())
@@ -560,7 +562,7 @@ def test_a_network_that_gives_logits_too_has_an_inception_score(
     odd = load_torchscript(saved(Three(), tmp_path / "three.pt"))
     assert odd.probabilities is not None
     with pytest.raises(DataError, match=r"fails on images \(1, 8, 8\)"):
-        odd.probabilities(images)
+        odd.probabilities(images, images)
 
 
 def test_files_that_are_no_torchscript_are_one_clear_error(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fqdiff.evidence.frechet import (
     frechet_distance,
     frechet_distance_of_features,
 )
+from fqdiff.evidence.kernel import kernel_distance
 from fqdiff.rng import generator
 from fqdiff.stages.classifier import classifier
 from fqdiff.stages.compare import compare
@@ -111,6 +112,7 @@ class StandIn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = StandIn.Layers()
+        self.output = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
         return self.layers(x)
@@ -128,6 +130,21 @@ def test_inception_features_go_through_clean_fids_loader_and_resize(tmp_path: Pa
     )
     pixels = torch.from_numpy(np.asarray(bicubic).clip(0, 255).copy())[None, None].expand(1, 3, -1, -1)
     assert torch.allclose(features[1], StandIn.Layers()((pixels - 128) / 128)[0], atol=1e-5)
+
+
+def test_the_inception_score_is_of_the_last_layer_without_its_bias(tmp_path: Path) -> None:
+    """As Salimans et al. made it; a network without that layer has none."""
+    stand_in = StandIn()
+    torch.jit.script(stand_in).save(str(tmp_path / "weights.pt"))
+    network = load_inception(tmp_path / "weights.pt")
+    images = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)
+    assert network.probabilities is not None
+    features = network.extract(images)
+    expected = (features.double() @ stand_in.output.weight.double().detach().T).softmax(dim=1)
+    assert torch.allclose(network.probabilities(images, features).double(), expected, atol=1e-6)
+    del stand_in.output
+    torch.jit.script(stand_in).save(str(tmp_path / "headless.pt"))
+    assert load_inception(tmp_path / "headless.pt").probabilities is None
 
 
 def test_inception_sees_pixels_from_0_to_255() -> None:
@@ -310,9 +327,36 @@ def test_more_images_than_there_are_is_an_error(dataset: Dataset) -> None:
         run_fid(SampleSet(dataset.train, 0), dataset, count=21)
 
 
-def test_a_baseline_of_another_seed_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(LineageError, match="seed"):
-        run_fid(SampleSet(dataset.train, 0), dataset, baseline=SampleSet(dataset.train, 1))
+def test_a_baseline_of_another_seed_is_resampled_apart_as_the_noise_floor_of_a_comparison(dataset: Dataset) -> None:
+    """Rejects pairing what shares no noise: of equal images the interval would be nothing."""
+    base, other = SampleSet(dataset.train[:20].clone(), 3), SampleSet(dataset.train[:20].clone(), 4)
+    found = run_fid(base, dataset, baseline=other)
+    compared = compare(dataset, PIXELS, base, other, [base], [], CompareConfig(resamples=20), 0, Context())
+    floor = compared.pair("fid", "floor", "baseline")
+    assert found.interval is not None
+    assert (found.difference, found.image_error) == (0.0, None)
+    assert found.interval == pytest.approx((floor.low, floor.high))
+    assert found.interval[1] > 0
+
+
+def test_a_baseline_of_too_few_images_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(LineageError, match="a baseline of 19 images for 20 samples"):
+        run_fid(SampleSet(dataset.train, 0), dataset, baseline=SampleSet(dataset.train[:19], 0))
+
+
+def test_kid_over_blocks_is_their_mean_with_students_interval(dataset: Dataset) -> None:
+    """By hand, and the same for a comparison; the real images are mixed, whatever their order."""
+    samples = SampleSet(dataset.train[:20].clone(), 0)
+    (found,) = run_fid(samples, dataset).kid_blocks
+    mixed = PIXELS.extract(dataset.reference)[torch.randperm(20, generator=generator(0, "blocks"))]
+    ours = PIXELS.extract(samples.images)
+    blocks = np.array([kernel_distance(mixed[k : k + 2], ours[k : k + 2]) for k in range(0, 20, 2)])
+    error = blocks.std(ddof=1) / 10**0.5
+    assert (found.metric, found.of, found.value) == ("kid_blocks", "model1", pytest.approx(blocks.mean()))
+    assert found.standard_error == pytest.approx(error)
+    assert found.high - found.value == pytest.approx(2.262157 * error, rel=1e-6)
+    compared = compare(dataset, PIXELS, samples, None, [samples], [], CompareConfig(resamples=20), 0, Context())
+    assert [(m.of, m.value) for m in compared.kid_blocks] == [("baseline", found.value), ("model1", found.value)]
 
 
 def test_images_of_another_shape_are_refused(dataset: Dataset) -> None:

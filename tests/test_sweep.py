@@ -163,6 +163,9 @@ def test_numbers_are_those_of_compare(swept: tuple[Path, dict[str, Any]], tmp_pa
             measure[k] for k in ("value", "low", "high")
         )
     assert row["image_mse_floor"] == measures["image_mse", "floor"]["value"]
+    floor = next(d for d in found["differences"] if (d["metric"], d["of"]) == ("fid", "floor"))  # type: ignore[attr-defined]
+    names = ("fid_floor_difference", "fid_floor_difference_low", "fid_floor_difference_high")
+    assert [row[name] for name in names] == [floor[k] for k in ("difference", "low", "high")]
     assert row["bytes"] == (store / "quantized" / row["quantized_id"] / "model.safetensors").stat().st_size
 
 
@@ -184,7 +187,7 @@ def test_parquet_and_csv_hold_the_same_rows(swept: tuple[Path, dict[str, Any]]) 
     table = pq.read_table(data["parquet"])
     with Path(data["csv"]).open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert json.loads(table.schema.metadata[b"fqdiff"]) == {"schema": 1, "sweep": "small"}
+    assert json.loads(table.schema.metadata[b"fqdiff"]) == {"schema": 2, "sweep": "small"}
     for line, row, shown in zip(lines, table.to_pylist(), data["cells"], strict=True):
         assert line == {name: "" if value is None else str(value) for name, value in row.items()}
         assert {name: value for name, value in row.items() if value is not None} == {

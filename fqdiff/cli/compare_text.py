@@ -160,7 +160,8 @@ def notes(value: "Comparison") -> list[str]:
     ]
     if value.floor_seed is not None:
         lines.append(
-            f"Other noise: the baseline's model with seed {value.floor_seed}, what chance alone does; its images share no noise."
+            f"Other noise: the baseline's model with seed {value.floor_seed}, what chance alone does; its images share no noise, "
+            "and its p are of one test each."
         )
     if any(d.verdict in BEYOND for d in value.differences):
         lines.append(NO_GAIN)

@@ -43,7 +43,7 @@ def fid(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Baseline samples of the same seed.", show_default="the full-precision model's, if sampled"),
+        typer.Option(help="Baseline samples; those of another seed are resampled apart.", show_default="the full-precision model's, if sampled"),
     ] = None,
     features: Annotated[
         str | None,
@@ -145,6 +145,9 @@ def choose_features(
 
 def fid_text(manifest: "Manifest", value: "FidResult") -> str:
     """The result in words: every metric, what it depends on, and how sure the difference is."""
+    from fqdiff.evidence.comparison import MODEL
+    from fqdiff.evidence.decisions import interval_verdict
+
     own = value.measure("fid")
     columns = {m.metric: DISTRIBUTION_COLUMNS[m.metric] for m in value.measures}
     roles = dict.fromkeys(m.of for m in value.measures)
@@ -152,23 +155,26 @@ def fid_text(manifest: "Manifest", value: "FidResult") -> str:
     lines = [
         f"FID {value.features} {value.fid:.3f} ± {own.high - own.value:.3f}"
         f"  (N = {value.n}, seed {value.seed}, metrics {manifest.id})",
-        table(["± 95 % intervals", *(name for name, _ in columns.values())], rows),
+        table(["95 % intervals", *(name for name, _ in columns.values())], rows),
         f"features: {value.features}, {value.dimension} dimensions, sha256 {value.features_sha256[:16]}",
         f"reference: {value.reference}; mean pixel {value.image_mean:+.3f}, reference {value.reference_mean:+.3f}",
     ]
     if value.fid_infinity is not None:
         lines.append(f"FID extrapolated to infinitely many images: {value.fid_infinity:.3f}")
+    for blocks in (m for m in value.kid_blocks if m.of == MODEL):
+        lines.append(f"KID once more, by the variance of blocks: {blocks.value:.3g} ± {blocks.high - blocks.value:.3g}")
     if value.confidence is not None:
         lines.append(f"mean top-1 confidence of the classifier: {value.confidence:.3f}")
     if value.difference is not None and value.interval is not None:
         low, high = value.interval
-        verdict = "distinguishable at the 95 % level"
-        if low <= 0 <= high:
-            verdict = "not distinguishable at the 95 % level"
-        elif high < 0:
-            verdict += "; lower is no gain, for the model moved away from the baseline"
-        lines.append(f"mean squared pixel difference to the baseline, same noise: {value.image_error:.2e}")
+        same_noise = value.image_error is not None
+        if same_noise:
+            lines.append(f"mean squared pixel difference to the baseline, same noise: {value.image_error:.2e}")
+        found = interval_verdict(-value.difference, low, high)
+        drawn = "same noise" if same_noise else "other noise, resampled apart"
         lines.append(
-            f"difference to the baseline: {value.difference:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]: {verdict}"
+            f"FID minus the baseline's ({drawn}): {value.difference:+.3f} [{low:+.3f}, {high:+.3f}], 95 %: {found}"
         )
+        if found == "not worse":
+            lines.append("Not worse: lower is no gain, for the model moved away from the baseline.")
     return "\n".join(lines)

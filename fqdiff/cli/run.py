@@ -195,20 +195,21 @@ def run_text(data: dict[str, Any]) -> str:
     cells = []
     for r in models:
         change, error = "", ""
-        if r["difference"] is not None:
+        if r["image_error"] is not None:
             low, high = r["interval"]
             change, error = f"{r['difference']:+.2f} [{low:+.2f}, {high:+.2f}]", f"{r['image_error']:.1e}"
         own = next(m for m in r["measures"] if (m["metric"], m["of"]) == ("fid", "model1"))
         fid = f"{r['fid']:.2f} ± {own['high'] - own['value']:.2f}"
         numbers = [f"{r['bits_per_weight']:.2f}", f"{r['file_bytes']:,}", fid, change, error]
         cells.append([r["model"], *numbers, f"{r['confidence']:.3f}", r["metrics"]])
-    moved = abs(floor["fid"] - first["fid"])
+    low, high = floor["interval"]
+    moved = f"{floor['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
     return "\n".join(
         [
             table(header, cells),
             f"FID: {first['n']} samples of seed {first['seed']} against as many held-out images. "
             "±, [ ]: 95 %, by bootstrap; of differences, paired.",
-            f"Last row: FP32 with seed {floor['seed']}. New noise alone moves FID by {moved:.2f}.",
+            f"Last row: FP32 with seed {floor['seed']}. New noise alone moves FID by {moved}.",
             "Image error: mean squared pixel difference to FP32's image of the same noise, pixels in [-1, 1]: 0 is FP32 itself.",
             "A FID below FP32's is no gain: the images moved away from the model's, and by chance towards the reference.",
             f"Samples side by side, same noise in each column: {data['picture']}",

@@ -349,6 +349,6 @@ def between(row: "Row", name: str, form: str) -> str:
 def floor_line(row: "Row") -> str:
     """What full precision itself comes to, and what other noise does to it."""
     return (
-        f"Seed {row['seed']}: full precision has FID {row['fid_full']:.2f}; with other noise {row['fid_floor']:.2f}, "
-        f"and an image MSE of {row['image_mse_floor']:.2e}."
+        f"Seed {row['seed']}: full precision has FID {row['fid_full']:.2f}; with other noise {row['fid_floor']:.2f} "
+        f"({between(row, 'fid_floor_difference', '+.2f')}), and an image MSE of {row['image_mse_floor']:.2e}."
     )

@@ -91,6 +91,13 @@ def images_needed(
     return bisect_left(range(MOST_IMAGES), True, lo=enough, key=lambda n: needed(n - 1) <= n)
 
 
+def interval_verdict(gain: float, low: float, high: float) -> str:
+    """:func:`verdict` of a quantized model against its full precision, from the interval of their difference alone: one test."""
+    if low <= 0 <= high:
+        return "not distinguishable"
+    return "not worse" if gain > 0 else "worse"
+
+
 def verdict(gain: float, p: float, level: float, beyond: bool) -> str:
     """What may be said of a model against another. ``gain``: the difference, positive where it is good; ``p`` adjusted.
 

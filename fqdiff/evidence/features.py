@@ -14,15 +14,15 @@ from fqdiff.errors import DataError
 class FeatureNetwork:
     """``extract`` maps uint8 images [N, C, H, W] to features [N, D]; ``sha256`` identifies the weights behind it.
 
-    ``confidence``, where the network classifies: mean top-1 probability over images. ``probabilities``, there too: those of
-    all classes, [N, K].
+    ``confidence``, where the network classifies: mean top-1 probability over images. ``probabilities``, there too: from images
+    and the features that ``extract`` gave of them to those of all classes, [N, K].
     """
 
     name: str
     sha256: str
     extract: Callable[[Tensor], Tensor]
     confidence: Callable[[Tensor], float] | None = None
-    probabilities: Callable[[Tensor], Tensor] | None = None
+    probabilities: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ def real_images(dataset: Dataset, count: int) -> Tensor:
 def image_set(role: str, images: Tensor, counts: Tensor, network: FeatureNetwork, context: Context) -> ImageSet:
     """``images`` as ``network`` sees them, drawn as ``counts`` say. Raises NumericalError that names ``role``."""
     place = context.evidence_device
-    features = network.extract(images).to(place)
+    features = network.extract(images)
     if not torch.isfinite(features).all():
         raise NumericalError(f"features of {role} hold NaN or infinity", "look at the images they come from")
-    probabilities = network.probabilities(images).to(place) if network.probabilities else None
-    return ImageSet(images.to(place), features, probabilities, counts.to(place))
+    probabilities = network.probabilities(images, features).to(place) if network.probabilities else None
+    return ImageSet(images.to(place), features.to(place), probabilities, counts.to(place))
 
 
 def distribution_metrics(

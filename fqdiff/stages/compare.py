@@ -11,6 +11,7 @@ from fqdiff.evidence.comparison import (
     NETWORK,
     Resampled,
     differences,
+    kernel_blocks,
     measures,
     model_roles,
     network_differences,
@@ -92,6 +93,7 @@ def compare(
         noise_error=errors[0],
         divergence=runs[0],
         sampler=_sampler_words(config) if runs[0] else "",
+        kid_blocks=kernel_blocks(real, sets, config.level, generator(seed, "blocks")),
     )
 
 

@@ -3,7 +3,7 @@
 from fqdiff.configs import FidConfig
 from fqdiff.context import Context
 from fqdiff.errors import ConfigError, DataError, LineageError
-from fqdiff.evidence.comparison import BASELINE, MODEL, differences, measures
+from fqdiff.evidence.comparison import BASELINE, MODEL, differences, kernel_blocks, measures
 from fqdiff.evidence.extrapolation import enough_images, frechet_infinity
 from fqdiff.evidence.features import FeatureNetwork, to_unit_range
 from fqdiff.evidence.resampling import draw_counts
@@ -26,25 +26,29 @@ def fid(
 ) -> FidResult:
     """FID and all its kind of ``samples`` against as many held-out images of ``dataset``, both as uint8 through ``features``.
 
-    With a ``baseline`` sampled from the same noise: its metrics too, and the difference of the two FIDs from paired resamples.
-    Values, resamples and intervals are those of a comparison with the same seed and count. Raises ConfigError for a count that
-    one side does not have, DataError for other image shapes, LineageError for a baseline of another seed.
+    With a ``baseline``: its metrics too, and the difference of the two FIDs, from paired resamples where both come from the
+    same noise; those of another seed are resampled apart. Values, resamples and intervals are those of a comparison with the
+    same seed and count. Raises ConfigError for a count that one side does not have, DataError for other image shapes,
+    LineageError for a baseline of other images, or too few.
     """
     network = features.feature_network() if isinstance(features, ClassifierWeights) else features
     n = _count(samples, dataset, config)
+    given = {MODEL: samples}
     if baseline is not None:
-        _check_pairing(samples, baseline, n)
-    given = {MODEL: samples, **({BASELINE: baseline} if baseline is not None else {})}
-    shared, apart = (
-        draw_counts(n, config.resamples, generator(seed, label)) for label in ("images", "held-out images")
+        _check_baseline(samples, baseline, n)
+        given[BASELINE] = baseline
+    paired = baseline is not None and baseline.seed == samples.seed
+    shared, apart, other_noise = (
+        draw_counts(n, config.resamples, generator(seed, label)) for label in ("images", "held-out images", "floor")
     )
+    counts = {MODEL: shared, BASELINE: shared if paired else other_noise}
     reference = real_images(dataset, n)
     with context.progress(1 + 3 * len(given), "fid", "step") as bar:
         real = image_set("held-out images", reference, apart, network, context)
         bar.update()
         sets = {}
         for role, one in given.items():
-            sets[role] = image_set(role, one.images[:n], shared, network, context)
+            sets[role] = image_set(role, one.images[:n], counts[role], network, context)
             bar.update()
         results = distribution_metrics(real, sets, bar.update)
     with context.soft_stop() as stop_requested:
@@ -53,6 +57,7 @@ def fid(
     if baseline is not None:
         (row,) = differences({"fid": results["fid"]}, 1, (), n, LEVEL)
         difference, interval = row.difference, (row.low, row.high)
+    if baseline is not None and paired:
         shift = to_unit_range(samples.images[:n]) - to_unit_range(baseline.images[:n])
         image_error = float(shift.square().mean())
     ours = sets[MODEL].features.cpu()
@@ -75,6 +80,7 @@ def fid(
         image_error=image_error,
         fid_infinity=infinity,
         measures=measures(results, LEVEL),
+        kid_blocks=kernel_blocks(real, sets, LEVEL, generator(seed, "blocks")),
     )
 
 
@@ -95,14 +101,13 @@ def _count(samples: SampleSet, dataset: Dataset, config: FidConfig) -> int:
     return config.count or fewest
 
 
-def _check_pairing(samples: SampleSet, baseline: SampleSet, n: int) -> None:
-    """Raise LineageError unless the first ``n`` images of both come from the same noise."""
+def _check_baseline(samples: SampleSet, baseline: SampleSet, n: int) -> None:
+    """Raise LineageError unless ``baseline`` has ``n`` images of the size of ``samples``."""
     if baseline.images.shape[1:] != samples.images.shape[1:]:
         raise LineageError(
             f"a baseline of images {tuple(baseline.images.shape[1:])}", "take samples of the same image size"
         )
-    if baseline.seed != samples.seed or len(baseline.images) < n:
+    if len(baseline.images) < n:
         raise LineageError(
-            f"a baseline of {len(baseline.images)} images with seed {baseline.seed}, samples with seed {samples.seed}",
-            "sample both with the same --seed and --count",
+            f"a baseline of {len(baseline.images)} images for {n} samples", "sample both with the same --count"
         )

@@ -6,6 +6,7 @@ import urllib.error
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fqdiff.errors import DataError
 from fqdiff.evidence.features import FeatureNetwork, inception_features
@@ -59,8 +60,16 @@ def load_inception(weights: Path | None) -> FeatureNetwork:
                 f"{path} is not clean-fid's Inception: {str(error).splitlines()[0]}", f"use {FILE}"
             ) from None
 
-    def extract(images: torch.Tensor) -> torch.Tensor:
+    def extract(images: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([inception_features(network, batch) for batch in images.split(50)])
 
-    return FeatureNetwork("inception-clean", digest, extract)
+    output = getattr(network.base, "output", None)
+
+    def probabilities(images: Tensor, features: Tensor) -> Tensor:
+        """By the last layer without its bias: so Salimans et al. made the Inception score of this network."""
+        assert output is not None
+        logits: Tensor = features @ output.weight.detach().T
+        return logits.softmax(dim=1)
+
+    return FeatureNetwork("inception-clean", digest, extract, probabilities=None if output is None else probabilities)

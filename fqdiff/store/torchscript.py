@@ -47,7 +47,7 @@ def load_torchscript(path: Path) -> FeatureNetwork:
             raise DataError(f"{path} gives NaN or infinity", "check the network on images in [-1, 1]")
         return found
 
-    def probabilities(images: Tensor) -> Tensor:
+    def probabilities(images: Tensor, features: Tensor) -> Tensor:
         return outputs(images, 1).softmax(dim=1)
 
     return FeatureNetwork(

@@ -11,11 +11,8 @@ MODEL, BASELINE, FLOOR = "model1", "baseline", "floor"  # roles of a cell's comp
 
 def numbers(size: int, plan: Plan, value: Comparison) -> Row:
     """What a cell that is done has measured: its file's size in bytes, and what its comparison says."""
-    fid, error, pair = (
-        value.measure("fid", MODEL),
-        value.measure("image_mse", MODEL),
-        value.pair("fid", MODEL, BASELINE),
-    )
+    fid, error = value.measure("fid", MODEL), value.measure("image_mse", MODEL)
+    pair, floor = (value.pair("fid", of, BASELINE) for of in (MODEL, FLOOR))
     return {
         "bytes": size,
         "bits_per_weight": 8 * size / plan.parameters,
@@ -35,6 +32,9 @@ def numbers(size: int, plan: Plan, value: Comparison) -> Row:
         "fid_p": pair.p,
         "fid_full": value.measure("fid", BASELINE).value,
         "fid_floor": value.measure("fid", FLOOR).value,
+        "fid_floor_difference": floor.difference,
+        "fid_floor_difference_low": floor.low,
+        "fid_floor_difference_high": floor.high,
         "image_mse_floor": value.measure("image_mse", FLOOR).value,
     }
 

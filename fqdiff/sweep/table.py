@@ -12,7 +12,7 @@ from fqdiff.sweep.numbers import Row
 from fqdiff.sweep.tenths import TENTHS
 from fqdiff.sweep.verdicts import with_verdicts
 
-SCHEMA = 1
+SCHEMA = 2
 LEADING: dict[str, pa.DataType] = {"cell": pa.int64(), "plan": pa.string(), "quantize": pa.string(), "seed": pa.int64()}
 NUMBERS: dict[str, pa.DataType] = {
     "bytes": pa.int64(),
@@ -25,7 +25,9 @@ NUMBERS: dict[str, pa.DataType] = {
     **dict.fromkeys(("fid_difference", "fid_difference_low", "fid_difference_high", "fid_p"), pa.float64()),
     "fid_p_adjusted": pa.float64(),
     "verdict": pa.string(),
-    **dict.fromkeys(("fid_full", "fid_floor", "image_mse_floor"), pa.float64()),
+    **dict.fromkeys(("fid_full", "fid_floor"), pa.float64()),
+    **dict.fromkeys(("fid_floor_difference", "fid_floor_difference_low", "fid_floor_difference_high"), pa.float64()),
+    "image_mse_floor": pa.float64(),
     **dict.fromkeys(("noise_error", "noise_error_low", "noise_error_high", *TENTHS, "making_seconds"), pa.float64()),
 }
 IDS = ("dataset", "checkpoint", "fisher", "trajectory", "plan", "calibration", "quantized", "samples", "full_samples",

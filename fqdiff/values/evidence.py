@@ -45,7 +45,7 @@ class ClassifierWeights:
         network.load_state_dict(dict(self.tensors))
         network.eval().requires_grad_(False)
 
-        def probabilities(images: Tensor) -> Tensor:
+        def probabilities(images: Tensor) -> Tensor:  # of all layers at once, as its ids' results were made
             return in_batches(network, to_unit_range(images)).softmax(dim=1)
 
         return FeatureNetwork(
@@ -53,7 +53,7 @@ class ClassifierWeights:
             sha256=tensor_digest(self.tensors),
             extract=lambda images: in_batches(network.features, to_unit_range(images)),
             confidence=lambda images: float(probabilities(images).amax(dim=1).double().mean()),
-            probabilities=probabilities,
+            probabilities=lambda images, features: probabilities(images),
         )
 
 
@@ -62,10 +62,11 @@ class FidResult:
     """A Fréchet distance, and the metrics of its kind, with all they depend on.
 
     ``n`` images on each side; ``image_mean`` and ``reference_mean`` are mean pixels in [-1, 1]. ``confidence``: mean top-1
-    confidence, for classifier features. Where a baseline sample set of the same seed was given: ``difference`` of the two
-    FIDs with its 95 % paired bootstrap ``interval``, and ``image_error``, the mean squared difference between pixels (in
-    [-1, 1]) of images made from the same noise. ``fid_infinity``: FID extrapolated to infinitely many images, where there are
-    enough for it. ``measures``: every metric of ``model1``, these samples, and of ``baseline``, with 95 % intervals.
+    confidence, for classifier features. Where a baseline sample set was given: ``difference`` of the two FIDs with its 95 %
+    bootstrap ``interval``, and, where both have one seed, ``image_error``, the mean squared difference between pixels (in
+    [-1, 1]) of images made from the same noise; only then are the resamples paired. ``fid_infinity``: FID extrapolated to
+    infinitely many images, where there are enough for it. ``measures``: every metric of ``model1``, these samples, and of
+    ``baseline``, with 95 % intervals. ``kid_blocks``: KID of both once more, as the mean over blocks of images.
     """
 
     fid: float
@@ -83,6 +84,7 @@ class FidResult:
     image_error: float | None = None
     fid_infinity: float | None = None
     measures: tuple[Measure, ...] = ()
+    kid_blocks: tuple[Measure, ...] = ()
 
     def measure(self, metric: str, of: str = MODEL) -> Measure:
         """The value of ``metric`` ``of`` one role. Raises KeyError."""
@@ -126,7 +128,7 @@ class Comparison:
 
     ``n`` images of each and of the real ones. ``floor``: the baseline's own model with ``floor_seed``, where given.
     ``noise_error`` over timesteps and ``divergence`` over steps of ``sampler`` (in words): of models, in order, that share the
-    baseline's noise schedule and kind of output; none where not measured.
+    baseline's noise schedule and kind of output; none where not measured. ``kid_blocks``: KID once more, over blocks of images.
     """
 
     n: int
@@ -144,6 +146,7 @@ class Comparison:
     noise_error: tuple[Curve, ...]
     divergence: tuple[Curve, ...]
     sampler: str
+    kid_blocks: tuple[Measure, ...] = ()
 
     def measure(self, metric: str, of: str) -> Measure:
         """The value of ``metric`` ``of`` one role. Raises KeyError."""
