@@ -43,7 +43,10 @@ def fid(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Baseline samples; those of another seed are resampled apart.", show_default="the full-precision model's, if sampled"),
+        typer.Option(
+            help="Baseline samples; those of another seed are resampled apart.",
+            show_default="the full-precision model's, if sampled",
+        ),
     ] = None,
     features: Annotated[
         str | None,

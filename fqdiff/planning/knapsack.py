@@ -147,7 +147,9 @@ def _search(
         choices = undominated(values[i], costs[i])
         new_cost = (cost[:, None] + costs[i, choices]).ravel()
         new_value = (value[:, None] + values[i, choices]).ravel()
-        kept = np.flatnonzero(new_cost + rest_cost[place] <= high)
+        # One price's bound first: what it rules out need not be sorted, and could not have ruled out anything else.
+        rough = new_value + rest[middle, place] - prices[middle] * (high - new_cost) <= known + slack
+        kept = np.flatnonzero(rough & (new_cost + rest_cost[place] <= high))
         kept = kept[np.lexsort((new_value[kept], new_cost[kept]))]
         below = np.minimum.accumulate(np.append(np.inf, new_value[kept]))[:-1]
         kept = kept[new_value[kept] < below]
