@@ -14,7 +14,7 @@ from fqdiff.chains import comparison_step
 from fqdiff.configs import CompareConfig, SampleConfig
 from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ArtifactCorrupt, ConfigError, DataError, LineageError, NumericalError
-from fqdiff.evidence.comparison import Measure, Resampled, differences, measures, network_differences
+from fqdiff.evidence.comparison import DISTRIBUTION, Measure, Resampled, differences, measures, network_differences
 from fqdiff.evidence.decisions import half_width, holm, holm_shares, images_needed, p_value, verdict
 from fqdiff.evidence.features import FeatureNetwork
 from fqdiff.evidence.frechet import frechet_distance_of_features
@@ -28,7 +28,7 @@ from fqdiff.stages.compare import compare
 from fqdiff.store.codecs import CODECS
 from fqdiff.store.manifest import Manifest, Recipe
 from fqdiff.store.torchscript import load_torchscript
-from fqdiff.values import Comparison, Dataset, SampleSet
+from fqdiff.values import Comparison, Dataset, FidResult, SampleSet
 
 PIXELS = FeatureNetwork("pixels", "0" * 64, lambda images: images.float().flatten(1)[:, ::7] / 50)
 
@@ -481,10 +481,29 @@ def test_a_stored_comparison_comes_back_and_a_wrong_one_does_not(comparison: Com
         {"models": 10**12},
         {"floor_seed": None},
         {"differences": good["differences"][1:]},
+        {"kid_blocks": good["kid_blocks"] * 2},
+        {"kid_blocks": [{**good["kid_blocks"][0], "of": "model9"}]},
+        {"kid_blocks": [{**good["kid_blocks"][0], "metric": "fid"}]},
+        {"kid_blocks": [{**good["kid_blocks"][0], "high": -1e9}]},
     ):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ArtifactCorrupt):
             codec.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["comparison", "metrics"])
+def test_what_was_made_before_there_were_blocks_still_loads(kind: str, comparison: Comparison, tmp_path: Path) -> None:
+    value: Comparison | FidResult = comparison
+    if kind == "metrics":
+        mine = tuple(m for m in comparison.measures if m.of == "model1" and m.metric in DISTRIBUTION)
+        fid = next(m.value for m in mine if m.metric == "fid")
+        value = FidResult(fid, 9, "pixels", "0" * 64, 10, "real", 0, 0.0, 0.0, measures=mine)
+    CODECS[kind].save(value, tmp_path)
+    path = tmp_path / f"{kind}.json"
+    path.write_text(
+        json.dumps({name: field for name, field in json.loads(path.read_text()).items() if name != "kid_blocks"})
+    )
+    assert CODECS[kind].load(tmp_path) == replace(value, kid_blocks=())
 
 
 # --- a network of the user's own -------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The files of samples, feature networks, metrics and comparisons. Loaded, all are checked."""
 
 import json
+from collections.abc import Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from fqdiff.evidence.comparison import (
     MODEL,
     NETWORK,
     PAIRED,
+    Measure,
     compared,
     measured,
     model_pairs,
@@ -33,6 +36,7 @@ from fqdiff.values import (
 from fqdiff.viz.grids import image_grid, png
 
 COMPARISON_SCHEMA = 3
+WITHOUT_BLOCKS: dict[str, Any] = {"kid_blocks": []}  # metrics and comparisons that were made before there were any
 GRID_IMAGES = 100
 
 
@@ -88,7 +92,7 @@ def load_metrics(directory: Path) -> FidResult:
     """A FID with the metrics beside it."""
     path = directory / "metrics.json"
     with readable(path, "a FID result"):
-        value = record(FidResult, read_json(path))
+        value = record(FidResult, WITHOUT_BLOCKS | dict(mapping(read_json(path))))
         places = [(m.metric, m.of) for m in value.measures]
         known = {(metric, of) for metric in DISTRIBUTION for of in (MODEL, BASELINE)}
         if len(set(places)) < len(places) or not known >= set(places):
@@ -97,6 +101,7 @@ def load_metrics(directory: Path) -> FidResult:
             raise ValueError("a value is outside of its interval")
         if ("fid", MODEL) not in places or value.measure("fid").value != value.fid:
             raise ValueError("its FID is not the one that it measured")
+        _check_blocks(value.kid_blocks, {MODEL, BASELINE})
         return value
 
 
@@ -112,9 +117,17 @@ def load_comparison(directory: Path) -> Comparison:
         data = dict(mapping(read_json(path)))
         if data.pop("schema", None) != COMPARISON_SCHEMA:
             raise ValueError(f"it is not of schema {COMPARISON_SCHEMA}, which this fqdiff reads")
-        value = record(Comparison, data)
+        value = record(Comparison, WITHOUT_BLOCKS | data)
         _check_comparison(value)
         return value
+
+
+def _check_blocks(blocks: Sequence[Measure], roles: Set[str]) -> None:
+    named = [m.of for m in blocks]
+    if any(m.metric != "kid_blocks" or not m.low <= m.value <= m.high or m.standard_error < 0 for m in blocks):
+        raise ValueError("its blocks measure something else, or a value is outside of its interval")
+    if len(set(named)) < len(named) or not roles >= set(named):
+        raise ValueError(f"it has blocks of {', '.join(named)[:100]}")
 
 
 def _check_comparison(value: Comparison) -> None:
@@ -130,6 +143,7 @@ def _check_comparison(value: Comparison) -> None:
     if any(d.verdict not in VERDICTS or not 0 <= d.p <= d.adjusted_p <= 1 for d in value.differences):
         raise ValueError("it has a verdict or a p-value that cannot be")
     roles = model_roles(value.models)
+    _check_blocks(value.kid_blocks, {BASELINE, *roles, *([FLOOR] if floor else [])})
     for curves in (value.noise_error, value.divergence):
         named = [curve.of for curve in curves]
         if named != [role for role in roles if role in named]:
