@@ -121,6 +121,8 @@ def test_cross_terms_lead_to_a_plan_that_really_rises_less(
     assert gram.budget.diagonal is not None
     assert gram.budget.swaps
     assert gram.budget.predicted < gram.budget.diagonal
+    assert gram.budget.lower_bound is not None
+    assert 0 < gram.budget.lower_bound <= gram.budget.predicted
     save_quantized(quantize(checkpoint, gram, None, QuantizeConfig(), 0, Context()), tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size == gram.file_bytes <= 6.0 * gram.parameters / 8
 
@@ -278,13 +280,14 @@ def test_a_gram_plan_survives_the_disk_and_lies_about_it_do_not(
     for entry in made.entries:
         better = [a for a in entry.alternatives if a.predicted < entry.predicted]  # type: ignore[operator]
         assert entry.constraint == ("budget" if better else "none")
-    save_plan(made, tmp_path)
-    assert load_plan(tmp_path) == made
+    for kept in (replace(made, budget=replace(made.budget, lower_bound=None)), made):  # older ones had none
+        save_plan(kept, tmp_path)
+        assert load_plan(tmp_path) == kept
     lies: tuple[dict[str, object], ...] = (
         {"predictor": "oracle"},
         {"predictor": "diagonal"},
         {"swaps": None},
-        {"lower_bound": 0.0},
+        {"lower_bound": 1e9},
         {"measured": None},
         {"evaluations": 0},
         {"measured": -1.0},

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from scipy.optimize import LinearConstraint, minimize
 
-from fqdiff.planning.knapsack import Array, frontier, total
-from fqdiff.planning.quadratic import Quadratic, improve, separate
+from fqdiff.planning.knapsack import Array, frontier, lower_bound, total
+from fqdiff.planning.quadratic import Quadratic, improve, quadratic_bound, separate
 
 
 def instance(seed: int, items: int) -> tuple[Quadratic, Array, Array]:
@@ -137,3 +138,45 @@ def test_factors_scale_what_items_do_and_by_their_roots_what_two_do_together() -
 def test_without_products_a_table_is_the_values_to_the_bit() -> None:
     values = np.random.default_rng(0).exponential(size=(5, 3))
     assert (separate(values).table((0, 1, 2, 1, 0)) == values).all()
+
+
+# --- the bound ---------------------------------------------------------------------------------------------------------
+
+
+def relaxed(problem: Quadratic, costs: Array, budget: float) -> float:
+    """The least value of fractions of choices, by a solver that knows nothing of tangent planes."""
+    known = np.isfinite(problem.linear)
+    item, rows, linear, cost = np.nonzero(known)[0], problem.rows[known], problem.linear[known], costs[known]
+    matrix = problem.matrix[np.ix_(rows, rows)]
+    one_each = np.equal.outer(np.arange(len(known)), item).astype(float)
+    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(cost, -np.inf, budget)]
+    found = minimize(
+        lambda x: linear @ x + 0.5 * x @ matrix @ x,
+        one_each.T @ (1 / one_each.sum(axis=1)),
+        jac=lambda x: linear + matrix @ x,
+        bounds=[(0, 1)] * len(item),
+        constraints=limits,
+        options={"maxiter": 1000, "ftol": 1e-12},
+        method="SLSQP",
+    )
+    assert found.status in (0, 8)  # 8: no step within rounding lowers it
+    return float(found.fun)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_choice_within_the_budget_is_worth_less_than_the_bound(seed: int) -> None:
+    """Rejects a bound of the diagonal alone, which errors that cancel get below, and one far from the relaxation's own."""
+    problem, costs, _ = instance(seed, 5)
+    budget = target_of(costs, 0.4)
+    within = [choice for choice in choices(problem) if total(costs, choice) <= budget]
+    best = min(within, key=problem.value)
+    for choice in (best, within[0]):
+        bound = quadratic_bound(problem, costs, budget, choice)
+        assert bound <= problem.value(best) * (1 + 1e-9)
+        wanted = relaxed(problem, costs, budget)
+        assert wanted - 0.06 * problem.value(best) <= bound <= wanted * (1 + 1e-4)
+
+
+def test_without_cross_terms_the_bound_is_lagranges() -> None:
+    values, costs = np.array([[0.0, 3.0, 9.0], [0.0, 1.0, np.inf]]), np.array([[9.0, 4.0, 1.0], [6.0, 2.0, np.inf]])
+    assert quadratic_bound(separate(values), costs, 8, (2, 0)) == pytest.approx(lower_bound(values, costs, 8))

@@ -195,7 +195,7 @@ def facts_text(value: "Plan") -> list[str]:
     if b.target_bytes is not None:
         asked = f"target {b.target_bytes:,} bytes, {b.target_bytes - value.file_bytes:,} of them unused"
         best = f"; no plan that fits is predicted less than {bound:.4g}" if bound is not None else ""
-        if bound is not None and b.constraint == "none":
+        if bound is not None and b.constraint == "none" and b.predictor == "diagonal":
             best = "; no plan is predicted less"
     else:
         asked = f"predicted rise at most {b.max_loss_increase:g}"

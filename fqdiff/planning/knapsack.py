@@ -40,7 +40,7 @@ class Relaxation:
     choice: tuple[int, ...]
 
 
-def total(table: Array, choice: Sequence[int]) -> float:
+def total(table: Array, choice: Sequence[int] | NDArray[np.intp]) -> float:
     """Sum over items of the chosen entries."""
     return float(table[np.arange(len(table)), list(choice)].sum())
 
@@ -184,3 +184,25 @@ def lower_bound(values: Array, costs: Array, budget: float) -> float:
     return (
         float(np.where(finite, values + price * np.where(finite, costs, 0), np.inf).min(axis=1).sum()) - price * budget
     )
+
+
+def fractions(values: Array, costs: Array, budget: float) -> Array:
+    """The best parts of choices within ``budget``, of least total value: [M, F], each item's sum to 1.
+
+    What the linear relaxation comes to: at its price the least of every item, and the same part of the way from the cheaper to
+    the dearer of equals. Raises ValueError where even the cheapest choices cost more.
+    """
+    price = relax(values, costs, budget).price
+    finite = np.isfinite(costs)
+    spent = np.where(finite, costs, 0.0)
+    priced = np.where(finite, values + price * spent, np.inf)
+    rounding = 1e-9 * (np.abs(np.where(finite, values, 0.0)) + price * spent).max(axis=1, keepdims=True)
+    equal = priced <= priced.min(axis=1, keepdims=True) + rounding
+    items = np.arange(len(costs))
+    cheap, dear = np.where(equal, costs, np.inf).argmin(axis=1), np.where(equal, costs, -np.inf).argmax(axis=1)
+    low, high = total(costs, cheap), total(costs, dear)
+    part = min(max((budget - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+    shares = np.zeros(costs.shape)
+    shares[items, cheap] += 1 - part
+    shares[items, dear] += part
+    return shares

@@ -334,7 +334,7 @@ def make_plan(
         target_bytes=target,
         max_loss_increase=config.max_loss_increase if target is None else None,
         predicted=total(table, choice.positions),
-        lower_bound=choice.lower_bound if config.predictor == "diagonal" else None,
+        lower_bound=choice.lower_bound,
         constraint=choice.constraint,
         predictor=config.predictor,
         calibration_timesteps=offer.timesteps,

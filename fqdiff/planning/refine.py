@@ -15,8 +15,8 @@ import torch
 
 from fqdiff.planning.budget import MARGIN, Choice, best_within
 from fqdiff.planning.candidates import Market
-from fqdiff.planning.knapsack import Array
-from fqdiff.planning.quadratic import Quadratic, improve
+from fqdiff.planning.knapsack import Array, total
+from fqdiff.planning.quadratic import Quadratic, improve, quadratic_bound
 from fqdiff.sensitivity.ledger import Ledger
 
 AGREEMENT = 0.05  # relative difference of predicted and measured that ends the search
@@ -57,8 +57,7 @@ class Trial:
 def solve(market: Market, target: int, problem: Quadratic) -> Found:
     """The best choice that fits: exact without cross terms, else the better of two local optima.
 
-    One starts from the best by the market's own values, one from the best by the matrix's diagonal. Of these no bound is told
-    but 0: the smallest eigenvalue of cross terms, which bounds what they can save, leaves less than a hundredth.
+    One starts from the best by the market's own values, one from the best by the matrix's diagonal.
     """
     first = best_within(market, target)
     if not problem.matrix.any():
@@ -68,7 +67,11 @@ def solve(market: Market, target: int, problem: Quadratic) -> Found:
     ends = [improve(problem, market.costs, market.size, target, c.positions, MARGIN) for c in (first, second)]
     best = min(ends, key=lambda end: problem.value(end.choice))
     free = best.choice == second.positions and second.constraint == "none"
-    choice = Choice(best.choice, 0.0, "none" if free else "budget")
+    # As in best_within: with other choices the header may be shorter by some digits.
+    room = target - market.size(best.choice) + total(market.costs, best.choice) + MARGIN
+    bound = quadratic_bound(problem, market.costs, room, best.choice)
+    bound = min(max(bound, 0.0), problem.value(best.choice))
+    choice = Choice(best.choice, bound, "none" if free else "budget")
     return Found(problem, choice, best.swaps, problem.value(first.positions))
 
 

@@ -122,8 +122,8 @@ def _check_budget(budget: Budget | None, plan: Plan) -> None:
         e.constraint not in ("none", budget.constraint) for e in plan.entries
     ):
         raise ValueError(f"its constraint is '{budget.constraint[:20]}', or entries name another one")
-    unsearched = budget.score == "uniform"  # has no bound; its older plans claim one
-    bound_fits = (budget.lower_bound is None) == gram or (unsearched and budget.lower_bound is None)
+    # Plans of one width are not searched for, and have no bound, though older ones claim one; older ones by gram have none.
+    bound_fits = budget.lower_bound is not None or gram or budget.score == "uniform"
     if (budget.swaps is None) == gram or (budget.diagonal is None) == gram or not bound_fits:
         raise ValueError(f"its search does not fit the predictor {budget.predictor}")
     if (budget.measured is None) != (budget.evaluations == 0) or (budget.measured or 0.0) < 0:

@@ -79,7 +79,7 @@ class Budget:
 
     ``predicted``: the rise, summed over parameters, in the unit of ``score``. ``lower_bound``: no plan from the same formats
     that fits is predicted less; of a limit on the rise, none takes fewer bytes. None
-    where no such bound is known: with cross terms, and of the score uniform.
+    of the score uniform, which looks at plans of one width alone.
 
     With the ``predictor`` gram: ``swaps`` from a plan made without cross terms to this one, a local optimum; ``diagonal``:
     what is predicted of the plan that the score alone would make. Where the network was run, on ``calibration_samples``
