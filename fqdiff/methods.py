@@ -237,8 +237,8 @@ METHODS: Mapping[str, Method] = {
             "distillation of all that is stored; then activations of least squared error, for 20 intervals of timesteps, split "
             "where skips are joined",
             "it is this project's own; plans with phases or elements, which cannot be distilled, take --distill 0",
-            "bias correction harms such plans (docs/results/bias-correction.md); noise correction and learned steps stay flags: "
-            "whether they earn their place is not measured yet",
+            "bias correction harms such plans (docs/results/bias-correction.md); noise correction stays a flag, "
+            "not measured yet; learned steps (--learn-steps) earn their place, and are one still (docs/results/methods.md)",
             Bundle({"range": "mse", "intervals": 20, "split_skips": True}, distill=1000, strategy="budget"),
         ),
     )
