@@ -204,6 +204,15 @@ def test_a_difference_is_put_in_words(store: Path, interval: tuple[float, float]
     assert verdict in last
 
 
+def test_a_difference_to_other_noise_is_called_that_and_blames_no_model(store: Path) -> None:
+    """Rejects "moved away" of one model drawn twice."""
+    (manifest,) = Store(store).manifests("metrics")
+    value = replace(Runner(Store(store)).load(manifest), difference=-1.0, interval=(-2.0, -0.1), image_error=None)
+    assert fid_text(manifest, value).splitlines()[-1].endswith("95 %: not worse")
+    assert "other noise, resampled apart" in fid_text(manifest, value)
+    assert "moved away" not in fid_text(manifest, value)
+
+
 def test_lineage_leads_from_the_number_to_the_data(store: Path) -> None:
     chain = good(store, "store", "lineage", "latest")["lineage"]
     assert isinstance(chain, list)

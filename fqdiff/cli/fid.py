@@ -178,6 +178,6 @@ def fid_text(manifest: "Manifest", value: "FidResult") -> str:
         lines.append(
             f"FID minus the baseline's ({drawn}): {value.difference:+.3f} [{low:+.3f}, {high:+.3f}], 95 %: {found}"
         )
-        if found == "not worse":
+        if found == "not worse" and same_noise:
             lines.append("Not worse: lower is no gain, for the model moved away from the baseline.")
     return "\n".join(lines)
