@@ -235,11 +235,17 @@ METHODS: Mapping[str, Method] = {
             ("fqdiff fisher", "fqdiff plan --target-bpw 4.25", "fqdiff quantize --method fisher [--activations int8]"),
             "a format for every tensor, so that the predicted rise of the loss is least within the budget; 1,000 steps of "
             "distillation of all that is stored; then activations of least squared error, for 20 intervals of timesteps, split "
-            "where skips are joined",
-            "it is this project's own; plans with phases or elements, which cannot be distilled, take --distill 0",
+            "where skips are joined, and their steps learned",
+            "it is this project's own; plans with elements, which cannot be distilled, take --distill 0, those with phases "
+            "--no-learn-steps too",
             "bias correction harms such plans (docs/results/bias-correction.md); noise correction stays a flag, "
-            "not measured yet; learned steps (--learn-steps) earn their place, and are one still (docs/results/methods.md)",
-            Bundle({"range": "mse", "intervals": 20, "split_skips": True}, distill=1000, strategy="budget"),
+            "not measured yet (docs/results/methods.md)",
+            Bundle(
+                {"range": "mse", "intervals": 20, "split_skips": True},
+                distill=1000,
+                learn_steps=True,
+                strategy="budget",
+            ),
         ),
     )
 }

@@ -369,6 +369,27 @@ def test_what_cannot_be_learned_is_refused_by_name(
     refused(replace(start, packed={**start.packed, name: phased}), calibration, ConfigError, "phases")
 
 
+def test_steps_of_what_depends_on_t_alone_are_learned_where_one_holds_for_all_timesteps(
+    checkpoint: Checkpoint, start: QuantizedCheckpoint, calibration: CalibrationSet
+) -> None:
+    """Of several intervals they stay, since the set lacks most timesteps. Rejects steps that stay always, or never."""
+    temporal = temporal_layers(checkpoint.network())
+    weights = replace(start, activations={})
+    moved = {}
+    for intervals in (1, 2):
+        config = ActivationConfig("int4", range="min-max", intervals=intervals)
+        plain = quantize_activations(checkpoint, weights, calibration, config, 0, Context())
+        made = learn_activation_steps(checkpoint, plain, calibration, FEW, 0, Context())
+        moved[intervals] = {
+            site
+            for site, a in made.activations.items()
+            if a.scale is not None and not torch.equal(a.scale, plain.activations[site].scale)  # type: ignore[arg-type]
+        }
+    assert moved[1] & temporal
+    assert moved[2]
+    assert not moved[2] & temporal
+
+
 @pytest.mark.parametrize("settings", [{"iterations": 0}, {"batch": 0}, {"inputs": 1}, {"rate": 0.0}, {"rate": 2.0}])
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

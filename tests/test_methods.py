@@ -285,14 +285,19 @@ def test_q_diffusion_makes_a_model_of_the_size_of_its_plan_and_scales(store: Pat
     assert weights["file_bytes"] == weights["promised_bytes"]
 
 
-def test_fisher_distills_before_it_quantizes_activations(store: Path) -> None:
-    few = ("--distill-batch", "2", "--activation-intervals", "2", "--calibration", "uniform")
-    method = ("quantize", "budget", "--method", "fisher", "--distill", "2", *few)
-    made: Any = good(store, *method, "--activations", "int8")
-    assert made["file_bytes"] == made["promised_bytes"] + made["activation_bytes"]
-    weights: Any = good(store, "quantize", "budget", "--distill", "2", *few[:2])
-    assert weights["id"] in str(made["inputs"]["model"])
-    assert weights["file_bytes"] == weights["promised_bytes"]
+def test_fisher_distills_then_quantizes_activations_then_learns_their_steps(store: Path) -> None:
+    """Rejects steps learned on weights that are still to be distilled, and none learned at all."""
+    weights = ("quantize", "budget", "--distill", "2", "--distill-batch", "2")
+    few = (*weights[2:], "--activation-intervals", "2", "--calibration", "uniform", *INT8)
+    method = ("quantize", "budget", "--method", "fisher", *few)
+    distilled: Any = good(store, *weights)
+    fixed: Any = good(store, *method, "--no-learn-steps")
+    learned: Any = good(store, *method, "--steps-iterations", "2")
+    assert distilled["id"] in str(fixed["inputs"]["model"])
+    assert fixed["id"] in str(learned["inputs"]["model"])
+    assert Store(store).resolve(learned["id"], ("quantized",)).recipe.stage == "activation-steps"
+    assert learned["file_bytes"] == fixed["file_bytes"] == fixed["promised_bytes"] + fixed["activation_bytes"]
+    assert distilled["file_bytes"] == distilled["promised_bytes"]
     plain: Any = good(store, "quantize", "budget", "--method", "fisher", "--distill", "0", "--dry-run")
     assert plain["id"] == good(store, "quantize", "budget", "--dry-run")["id"]
 

@@ -71,7 +71,9 @@ def check_temporal(stored: Stored, temporal: Collection[str]) -> None:
 def check_learned_steps(stored: Stored) -> None:
     """Raise ConfigError where weights ``stored`` so leave blocks no one output to learn activation steps from."""
     if any(fmt.phase_bits for fmt, _ in stored.values()):
-        raise ConfigError("a block with phases has no one output to match", "leave out --learn-steps or the phases")
+        raise ConfigError(
+            "a block with phases has no one output to match", "add --no-learn-steps, or plan without phases"
+        )
 
 
 def check_temporal_scales(config: TemporalConfig, num_train_timesteps: int) -> None:
