@@ -45,6 +45,7 @@ UNSAID = (
     "calibration",
     "activations",
     "activations_format",
+    "activations_split_skips",
     "plans",
     "name",
 )  # what a heading or a word says
@@ -88,10 +89,10 @@ def words(row: Row) -> str:
     more = []
     for key, value in row.items():
         name = key.removeprefix("quantize_")
-        if name == key or name in UNSAID or value in (None, "", False):
+        if name == key or name in UNSAID or value in (None, ""):
             continue
         said = name.removeprefix("activations_").replace("_", " ")
-        more.append(said if value is True else f"{said} {value}")
+        more.append(said if value is True else f"without {said}" if value is False else f"{said} {value}")
     if row.get("quantize_calibration") and not named:
         more.insert(0, f"calibration {row['quantize_calibration']}")
     if row.get("quantize_activations_split_skips") is False:

@@ -53,3 +53,13 @@ def test_options_that_cannot_be_are_one_line(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(SystemExit, match=r"^error: samples is 1; a standard error needs 2 or more$"):
         module.main()
     assert not store.exists()
+
+
+def test_a_part_that_a_row_leaves_out_is_said() -> None:
+    """Rejects two rows of one name: the method, and the method without a part of it."""
+    methods = load(ROOT / "benchmarks" / "methods.py")
+    row = {"quantize_method": "fisher", "quantize_activations": "int8", "quantize_noise_correction": None}
+    assert methods.words(row) == "fisher"
+    assert methods.words({**row, "quantize_activation_steps": False}) == "fisher, without activation steps"
+    assert methods.words({**row, "quantize_noise_correction": True}) == "fisher, noise correction"
+    assert methods.words({"quantize_activations_split_skips": False}) == "skips joined"
