@@ -6,8 +6,8 @@
 
 Weights in int8, per channel by min-max; activations in scales of their own for 20 intervals of timesteps, of least squared
 error, joined skips split, on the set that ``fqdiff calibrate`` takes. *fisher*: sites whose layers have the highest Fisher
-information of outputs (``fqdiff plan --wide-activations int8``); *reverse*: the lowest; *random*: drawn with the seed. Noise error:
-1/2 |eps_q - eps|^2, summed over pixels, on held-out images at 20 timesteps (5 each), averaged over all timesteps. Image
+information of outputs (``fqdiff plan --wide-activations int8``); *reverse*: the lowest; *random*: drawn with the seed. Noise
+error: 1/2 |eps_q - eps|^2, summed over pixels, on held-out images at 20 timesteps (5 each), averaged over all timesteps. Image
 error: mean squared difference of pixels (in [-1, 1]) to full precision's DDIM-20 images of the same noise, with a 95 % interval;
 *above fisher*: the paired difference to the first order of the same share.
 """
@@ -82,7 +82,11 @@ def rows(runner: Runner, table: str, images: int, seed: int) -> Iterator[list[st
     noise, final = run(full)
     sites = [s for s in activation_sites(full.network()) if s not in (first_layer(full.network()), OUTPUT)]
     chosen = orders(sites, runner.load(fisher), seed)
-    config, start, recorded = ActivationConfig("int4", intervals=INTERVALS), runner.load(weights), runner.load(calibration)
+    config, start, recorded = (
+        ActivationConfig("int4", intervals=INTERVALS),
+        runner.load(weights),
+        runner.load(calibration),
+    )
     for share in SHARES:
         first: Tensor | None = None
         for name, order in chosen.items() if 0 < share < 1 else [("all" if share else "none", sites)]:

@@ -18,7 +18,8 @@ class Bundle:
     ``activations``: fields of an ActivationConfig; they, ``temporal_scales`` and ``learn_steps`` count where activations are
     quantized at all. The plan comes from before: its ``strategy``, and the ``ranges`` and ``roundings`` of its integers, have to
     be among those listed, empty for any; ``scheme``: that of the calibration set, empty for any. ``split_weights``: layers that
-    are given a joined skip have to have two scales by channel. ``distill``: steps, 0 for none.
+    are given a joined skip have to have two scales by channel; ``by_channel``: integers have to have one for each channel.
+    ``distill``: steps, 0 for none.
     """
 
     activations: Mapping[str, object] = field(default_factory=dict)
@@ -34,6 +35,7 @@ class Bundle:
     roundings: tuple[str, ...] = ()
     scheme: str = ""
     split_weights: bool = False
+    by_channel: bool = False
 
     @property
     def plan_settings(self) -> dict[str, object]:
@@ -43,6 +45,16 @@ class Bundle:
             **({"rounding": self.roundings[0]} if self.roundings not in ((), ("nearest",)) else {}),
             **({"granularity": "split"} if self.split_weights else {}),
         }
+
+    def plan_flags(self) -> tuple[str, ...]:
+        """What the plan has to have, as flags of ``fqdiff plan``, beside its formats or its budget."""
+        budget = ("--target-bpw",) if self.strategy == "budget" else ()
+        names = {"ranges": "range"}
+        settings = {
+            names.get(name, name): ",".join(value) if isinstance(value, tuple) else value
+            for name, value in self.plan_settings.items()
+        }
+        return (*budget, *(f"--{name} {value}" for name, value in settings.items()))
 
     @property
     def is_of_activations(self) -> bool:
@@ -107,7 +119,13 @@ METHODS: Mapping[str, Method] = {
             ("fqdiff plan --uniform int4", "fqdiff quantize --method linear [--activations int8]"),
             "scales by channel, min-max ranges of weights and activations, rounding to the nearest",
             "nothing is trained: this is the baseline that the papers below call linear quantization",
-            bundle=Bundle({"range": "min-max", "split_skips": False}, ranges=("min-max",), roundings=("nearest",)),
+            bundle=Bundle(
+                {"range": "min-max", "split_skips": False},
+                strategy="uniform",
+                ranges=("min-max",),
+                roundings=("nearest",),
+                by_channel=True,
+            ),
         ),
         Method(
             "squant",
@@ -169,7 +187,12 @@ METHODS: Mapping[str, Method] = {
             "PTQD: accurate post-training quantization for diffusion models",
             "He et al., NeurIPS 2023, arXiv:2305.10657",
             2023,
-            ("fqdiff calibrate", "fqdiff quantize --method ptqd [--activations int8]", "fqdiff sample --sampler ddpm"),
+            (
+                "fqdiff plan --uniform int4",
+                "fqdiff calibrate",
+                "fqdiff quantize --method ptqd [--activations int8]",
+                "fqdiff sample --sampler ddpm",
+            ),
             "slope of the correlated error, bias by image channel, and residual variance that the sampler's step noise absorbs; "
             "by intervals of timesteps, in the file",
             "the slope has an intercept for each channel and the bias is the residual's mean, so that an error k eps + b is "
@@ -185,7 +208,7 @@ METHODS: Mapping[str, Method] = {
             "Temporal dynamic quantization for diffusion models",
             "So et al., NeurIPS 2023, arXiv:2306.02316",
             2023,
-            ("fqdiff calibrate", "fqdiff quantize --method tdq --activations int8"),
+            ("fqdiff plan --uniform int4", "fqdiff calibrate", "fqdiff quantize --method tdq --activations int8"),
             "a network for each site from the model's time embedding to the range of its activations, tabulated into the form in "
             "which it is deployed: scales by site and interval of timesteps",
             "the networks are trained to ranges of least squared error at 20 timesteps (of what depends on t alone, "
@@ -200,7 +223,7 @@ METHODS: Mapping[str, Method] = {
             "TFMQ-DM: temporal feature maintenance quantization for diffusion models",
             "Huang et al., CVPR 2024, arXiv:2311.16503",
             2024,
-            ("fqdiff calibrate", "fqdiff quantize --method tfmq [--activations int8]"),
+            ("fqdiff plan --uniform int4", "fqdiff calibrate", "fqdiff quantize --method tfmq [--activations int8]"),
             "the time embedding and all its projections reconstructed first, as one block over all timesteps, then the other "
             "blocks; ranges of activations for each interval of timesteps, from that interval's inputs alone; the inputs of "
             "layers that depend on t alone stay in full precision, and samplers compute their outputs once for each t",
@@ -219,7 +242,7 @@ METHODS: Mapping[str, Method] = {
             "RepQ-ViT: scale reparameterization for post-training quantization of vision transformers",
             "Li et al., ICCV 2023, arXiv:2212.08254",
             2023,
-            ("fqdiff calibrate", "fqdiff quantize --method repq --activations int8"),
+            ("fqdiff plan --uniform int4", "fqdiff calibrate", "fqdiff quantize --method repq --activations int8"),
             "scales by channel folded into the norm before and the layer behind, where that is exact; softmax in log sqrt 2",
             "through ReLU only factors go, no shifts; a network with SiLU is refused with the reason, since silu(x / r) is not "
             "silu(x) / r. Ranges are those of least squared error, where the paper picks the best of three percentiles",
@@ -232,8 +255,13 @@ METHODS: Mapping[str, Method] = {
             "Precision by Fisher information, for a byte budget",
             "this project's own, docs/concepts.md",
             2026,
-            ("fqdiff fisher", "fqdiff plan --target-bpw 4.25", "fqdiff quantize --method fisher [--activations int8]"),
-            "a format for every tensor, so that the predicted rise of the loss is least within the budget; 1,000 steps of "
+            (
+                "fqdiff fisher --kind trajectory --samples 64 --granularity weight --bins 1",
+                "fqdiff plan --target-bpw 4.25",
+                "fqdiff quantize --method fisher [--activations int8]",
+            ),
+            "a format for every tensor, or two for its output channels, so that the predicted error of the final image is least "
+            "within the budget (any other Fisher table will do: then it is the rise of the loss); 1,000 steps of "
             "distillation of all that is stored; then activations of least squared error, for 20 intervals of timesteps, split "
             "where skips are joined, and their steps learned",
             "it is this project's own; plans with elements, which cannot be distilled, take --distill 0, those with phases "

@@ -84,6 +84,7 @@ def test_a_bundle_is_the_flags_that_it_prints(
     by_name = good(store, "quantize", plan, "--method", name, *common)
     flags = bundle.flags(bool(activations))
     assert by_name["bundle"] == list(flags)
+    assert by_name["plan_bundle"] == list(bundle.plan_flags())
     assert good(store, "quantize", plan, *" ".join(flags).split(), *common)["id"] == by_name["id"]
     shown = f"{name} is {' '.join(flags) or 'its plan, as it is'}"
     assert shown in call(store, "quantize", plan, "--method", name, *common).stdout
@@ -319,6 +320,72 @@ def test_ndtc_is_said_to_be_what_its_defaults_make_it() -> None:
     """Rejects a table that promises a skewed distribution where the default has no skew."""
     assert (CalibrateConfig.location, CalibrateConfig.spread, CalibrateConfig.skew) == (0.4, 0.4, 0.0)
     assert "normal cut off at both ends, 0.4 T its mean and its spread" in METHODS["ptq4dm"].implemented
+
+
+def test_what_a_method_asks_of_its_plan_is_printed_as_flags(store: Path) -> None:
+    for name, flags in (
+        ("ptq4dm", "--range mse"),
+        ("squant", "--rounding squant"),
+        ("q-diffusion", "--granularity split"),
+    ):
+        assert METHODS[name].bundle.plan_flags() == (flags,)
+        shown = call(store, "quantize", "one", "--method", name, "--dry-run").stdout
+        assert f"its plan is {flags}" in shown
+    assert METHODS["fisher"].bundle.plan_flags() == ("--target-bpw",)
+
+
+def test_a_method_learns_of_a_plan_from_a_set_of_its_scheme_whatever_is_the_latest(store: Path) -> None:
+    """Rejects noised images, or another method's timesteps, because they were recorded last."""
+    few = ("--steps", "8", "--timesteps", "8", "--samples", "2")
+    data: Any = good(store, "calibrate", "one", *few, "--source", "data")
+    assert [*Store(store).manifests("calibration")][-1].id == data["id"]
+    uniform = Store(store).resolve("many", ("calibration",)).id
+    for method, plan in (("q-diffusion", "split"), ("linear", "int4"), ("ptqd", "int4")):
+        assert good(store, "quantize", plan, "--method", method, *INT8, "--dry-run")["calibration"] == uniform
+    asked: Any = good(store, "quantize", "int4", "--method", "linear", *INT8, "--calibration", data["id"], "--dry-run")
+    assert asked["calibration"] == data["id"]
+    shutil.rmtree(Store(store).directory("calibration", data["id"]))
+
+
+def test_linear_is_uniform_and_by_channel(store: Path) -> None:
+    good(store, "plan", "--uniform", "int4", "--granularity", "tensor", "--name", "by-tensor")
+    for plan, message in (
+        ("budget", "linear is a plan by uniform; this is one by budget"),
+        ("by-tensor", "linear has one scale for each channel; the plan has others"),
+    ):
+        refused = call(store, "quantize", plan, "--method", "linear", "--dry-run")
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+
+
+def test_tfmq_is_refused_before_there_is_a_plan_where_nothing_depends_on_t_alone(tmp_path: Path) -> None:
+    """Rejects a dry run that promises what the run refuses, and a plan that is left behind."""
+    good(
+        tmp_path,
+        "train",
+        "--preset",
+        "paper",
+        "--image-size",
+        "8",
+        "--steps",
+        "1",
+        "--batch-size",
+        "1",
+        "--name",
+        "old",
+    )
+    good(tmp_path, "calibrate", "old", "--steps", "20", "--timesteps", "20", "--samples", "1")
+    arguments = ("quantize", "old", "--method", "tfmq", "--weights", "int4")
+    for more in ((), ("--dry-run",)):
+        refused = call(tmp_path, *arguments, *more)
+        assert refused.exit_code == 2
+        assert "no integer weight of this model depends on t alone" in refused.stderr
+    assert not [*Store(tmp_path).manifests("plan")]
+
+
+def test_noise_correction_can_be_left_out(store: Path) -> None:
+    left: Any = good(store, "quantize", "int4", "--method", "ptqd", "--no-noise-correction", "--dry-run")
+    assert left["id"] == good(store, "quantize", "int4", "--dry-run")["id"]
 
 
 def test_a_method_makes_a_model(store: Path) -> None:

@@ -219,6 +219,24 @@ def test_no_target_that_some_plan_fits_is_refused(seed: int) -> None:
     assert caught.value.smallest == least
 
 
+@pytest.mark.parametrize("seed", [3, 7, 11, 13, 18, 22])
+def test_a_search_that_left_nothing_out_bounds_more_closely_than_prices_do(seed: int) -> None:
+    """Against every plan there is. Rejects Lagrange's bound, told where the search has proven more, and a bound that is none."""
+    market = small_market(seed)
+    plans = [(market.size(c), total(market.values, c)) for c in itertools.product(range(4), repeat=5)]
+    sizes = sorted(size for size, _ in plans)
+    gaps, wide = [], []
+    for target in sizes[50::150]:
+        choice = budget.best_within(market, target)
+        best = min(value for size, value in plans if size <= target)
+        assert choice.lower_bound is not None
+        assert choice.lower_bound <= best * (1 + 1e-12)
+        gaps.append(best - choice.lower_bound)
+        room = target - market.size(choice.positions) + total(market.costs, choice.positions) + budget.MARGIN
+        wide.append(best - lower_bound(market.values, market.costs, room))
+    assert sum(gaps) < sum(wide)
+
+
 def test_a_budget_for_everything_keeps_everything(offer: Offer, checkpoint: Checkpoint) -> None:
     full = offer.market.size(budget.keep_everything(offer.market))
     made = of_size(offer, full)

@@ -52,6 +52,58 @@ def test_the_score_follows_the_table_and_the_recipe_holds_it(store: Path) -> Non
     assert by_name["id"] == good(store, "plan", "run", "--target-bpw", "6")["id"]
 
 
+def test_a_budget_that_names_no_table_takes_one_that_suits_what_it_is_told(store: Path) -> None:
+    """Rejects the latest table, whatever it is: then a score of timesteps fails, and a plan is not the best there could be."""
+    ids = {name: Store(store).resolve(name, ("fisher",)).id for name in ("empirical", "run")}
+
+    def read(*arguments: str) -> str:
+        inputs = good(store, "plan", *arguments, "--target-bpw", "6")["inputs"]
+        assert isinstance(inputs, dict)
+        return str(inputs["fisher"]).removeprefix("fisher/")
+
+    assert read() == read("tiny-fp32") == read("tiny-fp32", "--score", "trajectory") == ids["run"]
+    for flags in (("--score", "fisher"), ("--timestep-weights", "snr"), ("--score", "random")):
+        assert read("tiny-fp32", *flags) == ids["empirical"]
+    assert read("empirical") == ids["empirical"]
+
+
+def test_a_budget_without_a_table_of_runs_is_told_of_it(tmp_path: Path) -> None:
+    good(tmp_path, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "1", "--name", "one")
+    command = "fqdiff fisher --kind trajectory --granularity weight --bins 1"
+    for ref in ((), ("one",)):
+        refused = call(tmp_path, "plan", *ref, "--target-bpw", "6")
+        assert refused.exit_code == 1
+        assert command in refused.stderr
+    good(tmp_path, "fisher", "--timesteps", "2", "--samples", "2")
+    assert command in call(tmp_path, "plan", "one", "--target-bpw", "6", "--dry-run").stderr
+
+
+def test_a_plan_of_one_width_reads_a_table_that_is_named_where_it_fits_to_it(store: Path) -> None:
+    table = str(good(store, "fisher", "--timesteps", "2", "--samples", "2", "--granularity", "weight")["id"])
+    for flags in (("--uniform", "int4", "--range", "fisher"), ("--uniform", "codebook4")):
+        made: Any = good(store, "plan", table, *flags)
+        assert made["inputs"].keys() == {"checkpoint", "fisher"}
+        assert good(store, "quantize", str(made["id"]))["file_bytes"] == made["file_bytes"]
+    plain: Any = good(store, "plan", table, "--uniform", "int4")
+    assert plain["inputs"].keys() == {"checkpoint"}
+
+
+def test_a_file_in_the_way_is_named_before_the_work(store: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there.safetensors"
+    there.write_bytes(b"")
+    before = {m.id for m in Store(store).manifests()}
+    for path, message in ((there, "exists"), (tmp_path / "none" / "x.safetensors", "no such folder")):
+        refused = call(store, "quantize", "by-chance", "--output", str(path))
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+    assert {m.id for m in Store(store).manifests()} == before
+
+
+@pytest.mark.parametrize("text", ["90kB", "90KB", "90 kb", "90000"])
+def test_a_size_may_be_spelt_as_people_do(store: Path, text: str) -> None:
+    assert good(store, "plan", "empirical", "--target-size", text)["budget"]["target_bytes"] == 90_000  # type: ignore[index]
+
+
 def test_only_chance_depends_on_the_seed(store: Path) -> None:
     def made(*flags: str) -> object:
         return good(store, "plan", "empirical", "--target-bpw", "6", *flags, "--dry-run")["id"]
@@ -68,7 +120,7 @@ def test_weight_error_needs_no_fisher_values(store: Path) -> None:
 def test_a_plan_tells_how_good_it_is(store: Path) -> None:
     text = call(store, "plan", "empirical", "--target-bpw", "6").stdout
     assert "bits per weight" in text
-    assert "no plan that fits is predicted less than" in text
+    assert re.search(r"no plan that fits is predicted less than [\d.e+-]+, [\d.e-]+ % below", text)
     text = call(store, "plan", "empirical", "--max-loss-increase", "0.5").stdout
     assert "predicted rise at most 0.5" in text
 
@@ -113,6 +165,9 @@ def test_a_table_of_single_weights_reaches_as_far_as_the_hint_says(store: Path) 
         (["--target-bpw", "6", "--ends", "int7"], "unknown format 'int7'"),
         (["--target-bpw", "6", "--ends", "bfloat16"], "none of the formats float32,float16,int8,"),
         (["--target-size", "10B"], "no plan fits 10 bytes"),
+        (["--target-size", "0"], "the smallest file with these formats has"),
+        (["--target-bpw", "0"], "the smallest file with these formats has"),
+        (["--ratio", "0.5", "--low", "int8", "--high", "int8"], "low and high are int8, both"),
         (["--target-bpw", "6", "--formats", ""], "--formats names nothing"),
         (["--ratio", "0.5", "--ladder", " , "], "--ladder names nothing"),
         (["--target-bpw", "6", "--range", ""], "--range names nothing"),

@@ -30,9 +30,9 @@ def check_weights(stored: Stored, config: QuantizeConfig, num_train_timesteps: i
                 "leave --bias-correction out, or plan without phases",
             )
         if config.distill:
-            raise ConfigError("phases cannot be distilled", "leave --distill out, or plan without phases")
+            raise ConfigError("phases cannot be distilled", "--distill 0, or plan without phases")
     if config.distill and any(isinstance(granularity, PerElement) for _, granularity in stored.values()):
-        raise ConfigError("kept elements cannot be distilled", "leave --distill out, or plan without elements")
+        raise ConfigError("kept elements cannot be distilled", "--distill 0, or plan without elements")
     if config.bias_correction == "timestep" and any(fmt.name != "float32" for fmt, _ in stored.values()):
         t = torch.tensor(sampling_timesteps(num_train_timesteps, config.calibration_steps))
         check_bias_intervals(t, config, num_train_timesteps)
@@ -50,11 +50,11 @@ def check_bias_intervals(t: Tensor, config: QuantizeConfig, num_train_timesteps:
 def check_reconstruction(stored: Stored) -> None:
     """Raise ConfigError where the rounding of weights ``stored`` so cannot be learned."""
     if any(fmt.phase_bits for fmt, _ in stored.values()):
-        raise ConfigError("phases cannot be reconstructed", "leave --reconstruct out, or plan without phases")
+        raise ConfigError("phases cannot be reconstructed", "--no-reconstruct, or plan without phases")
     if any(isinstance(granularity, Mixed) for _, granularity in stored.values()):
         raise ConfigError(
             "tensors of two formats cannot be reconstructed",
-            "leave --reconstruct out, or plan without element and output",
+            "--no-reconstruct, or plan without element and output",
         )
     if not any(can_learn_rounding(*how) for how in stored.values()):
         raise ConfigError("no weight of this model is an integer, so that there is no rounding to learn", "e.g. int4")
@@ -64,7 +64,7 @@ def check_temporal(stored: Stored, temporal: Collection[str]) -> None:
     """Raise ConfigError where none of the parameters ``temporal``, which depend on t alone, has a rounding to learn."""
     if not any(can_learn_rounding(*stored[name]) for name in temporal):
         raise ConfigError(
-            "no integer weight of this model depends on t alone", "leave --reconstruct-temporal (--method tfmq) out"
+            "no integer weight of this model depends on t alone", "add --reconstruct-together, or choose another method"
         )
 
 

@@ -20,7 +20,8 @@ from fqdiff.cli.plan_budget import (
     show_pareto,
     title,
 )
-from fqdiff.cli.plan_plugin import make_by_plugin, plan_inputs
+from fqdiff.cli.plan_inputs import budget_inputs, fits_to_table, gain_inputs, is_of_runs, plan_inputs
+from fqdiff.cli.plan_plugin import make_by_plugin
 from fqdiff.cli.session import Session, common, only_input
 from fqdiff.cli.show import BLOCKS, artifact_data, table
 from fqdiff.configs import (
@@ -35,7 +36,7 @@ from fqdiff.configs import (
     WHOLE_RUN,
     PlanConfig,
 )
-from fqdiff.errors import ArtifactNotFound, ConfigError, require
+from fqdiff.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
@@ -361,7 +362,8 @@ def make(
     from_file = session.tables().get("plan", {})
     strategy = choose_strategy(given, set(from_file))
     if (strategy or from_file.get("strategy")) == "budget":
-        inputs = plan_inputs(session, source, (score or from_file.get("score")) not in ("weight-mse", *RIVALS))
+        told = from_file | {name: flags[name] for name in given}
+        inputs = budget_inputs(session, source, told.get("score") not in ("weight-mse", *RIVALS), told)
         config = budget_config(session, flags, inputs.get("fisher"))
         if config.timestep_weights == "gain":
             inputs |= gain_inputs(session, inputs)
@@ -380,7 +382,9 @@ def make(
         rules = {name: value for name, value in flags.items() if name not in (*TARGETS, *READS_BUDGET)}
         rules |= {"strategy": strategy, "low": rules.pop("uniform") or low}
         config = session.settings("plan", PlanConfig, {}, **rules)
-        reads_table = config.strategy != "uniform" or config.activation_ratio > 0
+        reads_table = (
+            config.strategy != "uniform" or config.activation_ratio > 0 or fits_to_table(session, source, config)
+        )
         inputs = plan_inputs(session, source, reads_table)
         if not reads_table:
             inputs.pop("fisher", None)
@@ -450,11 +454,6 @@ def flag(name: str) -> str:
     return {"ranges": "--range", "lower_thresholds": "--threshold"}.get(name, f"--{name.replace('_', '-')}")
 
 
-def is_of_runs(table: "Manifest") -> bool:
-    """Whether a Fisher table is of sampler runs."""
-    return bool(table.recipe.config.get("kind") == "trajectory")
-
-
 def parse_names(option: str, text: str) -> tuple[str, ...]:
     """``min-max,fisher`` as names. Raises ConfigError where there are none."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -478,31 +477,6 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split("/"))
     except ValueError:
         raise ConfigError(f"thresholds '{text}' are not numbers", "one per group, e.g. 0.1/0.01/0.1") from None
-
-
-def gain_inputs(session: Session, inputs: "dict[str, Manifest]") -> "dict[str, Manifest]":
-    """The latest trajectory table of the plan's checkpoint, for the gains that it holds; of a plan without a table, its table.
-
-    One that is the plan's table already is not given twice. Raises ArtifactNotFound.
-    """
-    table_of, checkpoint = inputs.get("fisher"), inputs["checkpoint"]
-    if table_of is not None and is_of_runs(table_of):
-        return {}
-    found = [
-        m
-        for m in session.store.manifests("fisher")
-        if is_of_runs(m)
-        and m.recipe.config.get("window") in (0, m.recipe.config.get("steps"))
-        and (i := m.input("checkpoint")) is not None
-        and i.id == checkpoint.id
-    ]
-    if not found:
-        raise ArtifactNotFound(
-            f"no trajectory Fisher table of checkpoint {checkpoint.id} has measured the sampler's gain",
-            f"fqdiff fisher {checkpoint.id} --kind trajectory",
-        )
-    session.note(f"gain: of the latest trajectory table of that checkpoint, {found[-1].id}")
-    return {"fisher" if table_of is None else "trajectory": found[-1]}
 
 
 def plan_rows(value: "Plan", lower: tuple[str, ...]) -> list[dict[str, object]]:

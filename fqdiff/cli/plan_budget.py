@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TARGETS = {"target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"}
 MOST_POINTS = 1000
+LEAST_BPW = 1e-9
 ACTIVATIONS = ("activations", "wide_activations", "activation_ratio")
 GRAINS = ("tensor", "channel", "group-near:64")  # what a budget chooses from unless it is told otherwise
 PLAIN = {"phases": 1, "rounding": "nearest", "predictor": "diagonal"}  # with which output channels may differ in format
@@ -40,8 +41,8 @@ def budget_config(session: Session, given_flags: dict[str, Any], fisher: "Manife
     for name in (*(chosen["formats"] or ()), *([chosen["ends"]] if chosen["ends"] else [])):
         get_format(name)
     targets = {
-        "target_bpw": flags["target_bpw"] if pareto is None else parse_grid(pareto)[0],
-        "target_bytes": byte_count("--target-size", size) if size is not None else None,
+        "target_bpw": asked_for(flags["target_bpw"], LEAST_BPW) if pareto is None else parse_grid(pareto)[0],
+        "target_bytes": asked_for(byte_count("--target-size", size), 1) if size is not None else None,
         "max_loss_increase": flags["max_loss_increase"],
     }
     if any(value is not None for value in targets.values()):
@@ -49,6 +50,11 @@ def budget_config(session: Session, given_flags: dict[str, Any], fisher: "Manife
     given = session.tables().get("plan", {}) | {name: value for name, value in chosen.items() if value is not None}
     table = fisher.recipe.config if fisher is not None else {}
     return session.settings("plan", PlanConfig, budget_defaults(table, given), strategy="budget", **chosen)
+
+
+def asked_for(target: Any, least: Any) -> Any:
+    """``target``, and ``least`` where that is 0: settings hold 0 for none, and so little is refused with the size that is not."""
+    return least if target == 0 else target
 
 
 def budget_defaults(table: "Mapping[str, object]", given: "Mapping[str, object]") -> dict[str, object]:
@@ -181,7 +187,7 @@ def activations_text(value: "Plan", listed: bool = False) -> list[str]:
     counts = Counter(value.activations.values()).most_common()
     if not counts:
         return []
-    total = f"activations: {', '.join(f'{name} at {count} sites' for name, count in counts)}"
+    total = f"activations: {', '.join(f'{name} at {count} sites' for name, count in counts)}; their scales come on top"
     rare = [site for site, name in value.activations.items() if name != counts[0][0]]
     return [total, *([f"{counts[-1][0]}: {', '.join(rare)}"] if rare and listed else [])]
 
@@ -194,7 +200,12 @@ def facts_text(value: "Plan") -> list[str]:
     bound = b.lower_bound if b.score != "uniform" else None  # older plans of one width have one that is none
     if b.target_bytes is not None:
         asked = f"target {b.target_bytes:,} bytes, {b.target_bytes - value.file_bytes:,} of them unused"
-        best = f"; no plan that fits is predicted less than {bound:.4g}" if bound is not None else ""
+        gap = 1 - bound / b.predicted if bound is not None and b.predicted > 0 else 0.0
+        best = (
+            f"; no plan that fits is predicted less than {bound:.4g}, {100 * gap:.2g} % below"
+            if bound is not None
+            else ""
+        )
         if bound is not None and b.constraint == "none" and b.predictor == "diagonal":
             best = "; no plan is predicted less"
     else:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fqdiff.cli.plan_budget import title
-from fqdiff.cli.session import Session, only_input
+from fqdiff.cli.plan_inputs import plan_inputs
+from fqdiff.cli.session import Session
 from fqdiff.cli.show import BLOCKS, artifact_data, table
 from fqdiff.configs import STRATEGIES, PluginPlanConfig
-from fqdiff.errors import ArtifactNotFound, ConfigError
+from fqdiff.errors import ConfigError
 
 if TYPE_CHECKING:
     from fqdiff.store.manifest import Manifest
@@ -79,19 +80,3 @@ def plugin_table(rows: list[dict[str, object]]) -> str:
         told = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
         cells.append([str(row["block"]), told, f"{row['bytes_planned']:,}"])
     return table(("block", "tensors", "bytes planned"), cells)
-
-
-def plan_inputs(session: Session, ref: str | None, needs_table: bool) -> "dict[str, Manifest]":
-    """Checkpoint and Fisher table of a plan: of the table named, of the checkpoint named, or the latest."""
-    if not needs_table and ref is None:
-        return {"checkpoint": session.resolve(ref, ("checkpoint",))}
-    found = session.resolve(ref, ("checkpoint", "fisher") if ref else ("fisher",))
-    if found.kind == "checkpoint":
-        if not needs_table:
-            return {"checkpoint": found}
-        tables = [m for m in session.store.manifests("fisher") if (i := m.input("checkpoint")) and i.id == found.id]
-        if not tables:
-            raise ArtifactNotFound(f"no Fisher table of checkpoint {found.id}", f"fqdiff fisher {found.id}")
-        found = tables[-1]
-        session.note(f"fisher: the latest of that checkpoint, {found.id}")
-    return {"checkpoint": only_input(session, found, "checkpoint"), "fisher": found}

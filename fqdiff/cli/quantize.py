@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fqdiff.cli.output import copy_out
+from fqdiff.cli.output import check_output, copy_out
 from fqdiff.cli.quantize_inputs import (
     WEIGHTS,
     calibration_by_method,
@@ -34,6 +34,7 @@ from fqdiff.methods import get_bundle
 from fqdiff.treatment.request import make_treatment
 
 if TYPE_CHECKING:
+    from fqdiff.pipeline import Step
     from fqdiff.store.manifest import Manifest
 
 ACTIVATIONS = "Activations"
@@ -189,7 +190,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Calibration set for what learns from one: --reconstruct, ranges and steps of activations, ...",
-            show_default="the latest of the model",
+            show_default="the latest of the model; with --method the latest of its scheme",
             metavar="REF",
             rich_help_panel=ACTIVATIONS,
         ),
@@ -355,13 +356,14 @@ def quantize(
         ),
     ] = False,
     noise_correction: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--noise-correction",
+            "--noise-correction/--no-noise-correction",
             help="Measure slope, bias and variance of the error of the prediction, and make up for them.",
+            show_default="no-noise-correction",
             rich_help_panel=PREDICTION,
         ),
-    ] = False,
+    ] = None,
     noise_intervals: Annotated[
         int | None,
         typer.Option(
@@ -424,8 +426,9 @@ def quantize(
         "reconstruct": reconstruct,
         TEMPORAL: temporal_scales,
         STEPS: learn_steps,
-        CORRECTION: noise_correction or None,
+        CORRECTION: noise_correction,
     }
+    check_output(output)
     if chosen.kind == "checkpoint":
         assert method is not None
         subject = planned_by_method(session, chosen, method, get_bundle(method), weights)
@@ -435,10 +438,11 @@ def quantize(
         session, flags, asked, reparameterize or None, reconstruct_temporal, budget, activations_of(subject.plan)
     )
     treatment = make_treatment(request, method)
-    if chosen.kind == "checkpoint":
-        inputs = calibration_by_method(session, chosen, treatment, calibration, get_bundle(str(method)).scheme)
+    if method is None:
+        inputs: Manifest | Step | None = calibration_of(session, subject.checkpoint, treatment, calibration)
     else:
-        inputs = calibration_of(session, subject.checkpoint, treatment, calibration)
+        scheme = get_bundle(method).scheme
+        inputs = calibration_by_method(session, subject.checkpoint, treatment, calibration, scheme)
     facts: dict[str, object] = {}
     lines: tuple[str, ...] = ()
     if method is not None:
@@ -447,9 +451,19 @@ def quantize(
             carried_out(session, subject, treatment, inputs)  # what is to be refused is, before there is a plan
             subject = with_plan(session, subject)
             check_plan(session, method, subject, inputs)
-        same = get_bundle(method).flags(treatment.activations is not None)
-        facts = {"method": method, "bundle": same, "plan": subject.plan.id, "calibration": inputs and inputs.id}
-        lines = (f"{method} is {' '.join(same)}" if same else f"{method} is its plan, as it is",)
+        bundle = get_bundle(method)
+        same, of_plan = bundle.flags(treatment.activations is not None), bundle.plan_flags()
+        facts = {
+            "method": method,
+            "bundle": same,
+            "plan_bundle": of_plan,
+            "plan": subject.plan.id,
+            "calibration": inputs and inputs.id,
+        }
+        lines = (
+            f"{method} is {' '.join(same)}" if same else f"{method} is its plan, as it is",
+            *((f"its plan is {' '.join(of_plan)}",) if of_plan else ()),
+        )
     manifest = session.make(carried_out(session, subject, treatment, inputs), facts, lines)
     if manifest is None:
         return

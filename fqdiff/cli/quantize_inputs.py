@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from fqdiff.cli.calibrate import calibration_step
 from fqdiff.cli.plan_budget import budget_config
+from fqdiff.cli.plan_inputs import budget_inputs
 from fqdiff.cli.session import Session, of_checkpoint, only_input
 from fqdiff.configs import CalibrateConfig, PlanConfig
-from fqdiff.errors import ArtifactNotFound, ConfigError
+from fqdiff.errors import ConfigError
 from fqdiff.methods import Bundle
 from fqdiff.treatment.treatment import Treatment, refuse_calibration
 
@@ -60,7 +61,7 @@ def planned_by_method(
     name = weights or WEIGHTS
     bits = _bits(name, bundle)
     if bundle.strategy == "budget":
-        table = _latest_table(session, checkpoint)
+        table = budget_inputs(session, checkpoint.id, True, {})["fisher"]
         config = budget_config(session, {"target_bpw": bits}, table)
         words, tables = f"{config.target_bpw:g} bits per weight by Fisher table {table.id}", {"fisher": table}
     else:
@@ -83,14 +84,6 @@ def _bits(weights: str, bundle: Bundle) -> float:
             f"unknown format '{weights}'", f"--weights int{both[1]} --activations int{both[2]}; A32 is without"
         )
     return float(get_format(weights).bits)
-
-
-def _latest_table(session: Session, checkpoint: "Manifest") -> "Manifest":
-    own = [m for m in session.store.manifests("fisher") if (i := m.input("checkpoint")) and i.id == checkpoint.id]
-    if not own:
-        raise ArtifactNotFound(f"no Fisher table of checkpoint {checkpoint.id}", f"fqdiff fisher {checkpoint.id}")
-    trajectories = [m for m in own if m.recipe.config.get("kind") == "trajectory"]
-    return (trajectories or own)[-1]
 
 
 def check_plan(session: Session, method: str, subject: Planned, calibration: "Manifest | Step | None") -> None:
@@ -130,7 +123,7 @@ def calibration_by_method(
     """As :func:`calibration_of`, but the latest of ``scheme``, by default uniform, that a sampler met.
 
     Where there is none, the one that ``fqdiff calibrate`` would make. Sets of other schemes, or of noised images, are for
-    those who ask for them.
+    those who ask for them: the latest of all may be anything.
     """
     if ref is not None or not treatment.is_calibrated:
         return calibration_of(session, checkpoint, treatment, ref)

@@ -34,7 +34,7 @@ def byte_count(option: str, text: str) -> int:
     """
     units = {"": 1, "B": 1} | {f"{p}B": 1000**k for k, p in enumerate("KMGT", 1)}
     units |= {f"{p}iB": 1024**k for k, p in enumerate("KMGT", 1)}
-    digits = text.rstrip("KMGTiB ")
+    digits = text.rstrip("KMGTiBkmgtb ")
     unit = {name.lower(): size for name, size in units.items()}.get(text[len(digits) :].strip().lower())
     try:
         size = float(digits)

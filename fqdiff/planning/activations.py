@@ -28,7 +28,10 @@ def activation_formats(network: nn.Module, fisher: FisherTable | None, config: P
     if not config.activation_ratio:
         return formats
     if fisher is None or not fisher.activations:
-        raise ConfigError("no Fisher values of layer outputs to choose activations by", "fqdiff fisher, without --kind")
+        raise ConfigError(
+            "no Fisher values of layer outputs to choose activations by",
+            "fqdiff fisher, without --no-activations, and of no trajectory",
+        )
     scores = site_scores(sites, fisher)
     wide = sorted(sites, key=lambda site: (-scores[site], site))[: round(config.activation_ratio * len(sites))]
     return formats | dict.fromkeys(wide, config.wide_activations)

@@ -70,8 +70,10 @@ def best_within(market: Market, target: int, values: Array | None = None) -> Cho
     best = polished(market, best, target, values)
     if total(values, best) == float(values.min(axis=1).sum()):
         return Choice(best, total(values, best), "none")
-    bound = min(max(lower_bound(values, costs, highest), 0.0), total(values, best))
-    return Choice(best, bound, "budget")
+    least = lower_bound(values, costs, highest)
+    if found[-1].exact and budget + MARGIN >= highest:  # then nothing that costs so much or less has a lower value
+        least = max(least, found[-1].value)
+    return Choice(best, min(max(least, 0.0), total(values, best)), "budget")
 
 
 def shrunk(market: Market, choice: tuple[int, ...]) -> tuple[int, ...]:

@@ -290,6 +290,15 @@ class Measured:
     evaluations: int
 
 
+def samples_of(config: PlanConfig) -> int:
+    """How many training images at each timestep a score looks at."""
+    return (
+        min(config.calibration_samples, rivals.HESSIAN_SAMPLES)
+        if config.score == "hawq"
+        else config.calibration_samples
+    )
+
+
 def make_plan(
     offer: Offer, config: PlanConfig, measured: Measured | None = None, choice: budget.Choice | None = None
 ) -> Plan:
@@ -338,7 +347,7 @@ def make_plan(
         constraint=choice.constraint,
         predictor=config.predictor,
         calibration_timesteps=offer.timesteps,
-        calibration_samples=config.calibration_samples if offer.timesteps else 0,
+        calibration_samples=samples_of(config) if offer.timesteps else 0,
     )
     if measured is not None:
         facts = replace(

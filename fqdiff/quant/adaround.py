@@ -82,7 +82,7 @@ class LearnedRounding(nn.Module):
         if not torch.stack([stored == self._whole(self.get_buffer(way)) for way in ("down", "up")]).any(dim=0).all():
             raise LineageError(
                 f"the codes of {name} are not the checkpoint's weights rounded down or up",
-                "reconstruct what was only quantized: leave --distill out",
+                "reconstruct what was only quantized: --distill 0",
             )
 
     @property

@@ -241,6 +241,8 @@ def planned_formats(config: PlanConfig) -> tuple[Format, ...]:
         raise ConfigError(
             f"low {formats[1].name} has more bits than high {formats[0].name}", "important tensors go high: swap them"
         )
+    if not config.ladder and len(used) == 2 and formats[0] == formats[1]:
+        raise ConfigError(f"low and high are {formats[0].name}, both", f"--uniform {formats[0].name} needs no rule")
     if config.symmetric and not any(f.is_integer for f in used):
         raise ConfigError(
             f"symmetric says nothing about {names}", "leave it out, or use an integer format such as int4"

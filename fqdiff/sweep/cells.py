@@ -100,10 +100,11 @@ class Cell:
         yield from chain_of(quantized)
 
     def made_for_it(self) -> Iterator[Source]:
-        """The calibration set, if there is one, and every stage of the quantized model: what is made once it is planned."""
-        calibration = self.artifacts.get("calibration")
-        if isinstance(calibration, Step | Manifest):
-            yield calibration
+        """All that is made of the checkpoint for the quantized model: Fisher tables, plan, calibration set, and every stage."""
+        for name in ("fisher", "trajectory", "plan", "calibration"):
+            source = self.artifacts.get(name)
+            if isinstance(source, Step | Manifest):
+                yield source
         yield from self.quantizing()
 
 

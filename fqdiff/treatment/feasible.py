@@ -30,6 +30,8 @@ def check_feasible(treatment: Treatment, spec: ModelSpec, plan: Plan | None, t: 
         check_reparameterization(normed_inputs(network))
     if treatment.temporal_scales is not None:
         check_temporal_scales(treatment.temporal_scales, total)
+    if treatment.temporal_first and not temporal_block(network)[1]:
+        check_temporal({}, ())
     if plan is not None:
         _check_formats(treatment, plan, network, total)
     if t is not None:

@@ -104,7 +104,11 @@ def _within(
 ) -> tuple[ReconstructConfig | None, StepsConfig | None]:
     """The configs with so many ``minutes`` for both together. Raises ConfigError where there is neither, or one has its own."""
     learned = [config for config in (reconstruct, steps) if config is not None]
-    require(bool(learned), "a budget of minutes, and nothing that learns by them", "add --reconstruct or --learn-steps")
+    require(
+        bool(learned),
+        "a budget of minutes, and nothing that learns by them",
+        "add --reconstruct or --learn-steps; distillation goes by steps: --distill 1000",
+    )
     require(
         not any(config.minutes for config in learned),
         "a budget beside minutes of its own for a stage",

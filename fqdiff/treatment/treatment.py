@@ -39,11 +39,14 @@ class Treatment:
                 "reconstruction of weights that were reparameterized",
                 "leave one of the two out",
             )
-            for name, what in (("bias_correction", "biases corrected"), ("distill", "weights distilled")):
+            for name, what, hint in (
+                ("bias_correction", "biases corrected", "leave --bias-correction out"),
+                ("distill", "weights distilled", "--distill 0, or --no-reconstruct"),
+            ):
                 require(
                     getattr(self.quantize, name) == getattr(QuantizeConfig, name),
                     f"{what} before their rounding is learned",
-                    f"leave --{name.replace('_', '-')} out",
+                    hint,
                 )
         if self.temporal_scales is not None:
             if self.activations is None:
