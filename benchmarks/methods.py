@@ -3,11 +3,12 @@
     python benchmarks/methods.py                    # makes what is missing: minutes on a GPU, a day on two cores
     python benchmarks/methods.py --sweep examples/sweeps/calibration.toml
 
-Runs ``fqdiff sweep`` on the file (FQDIFF_STORE; what is there is not made again) and prints a table for each precision of weights
-and activations, then the noise error by tenths of the timesteps. Intervals are those of comparisons, verdicts those of the sweep:
-Holm's correction over all of its cells. The noise floor, full precision with other noise, is the first row of each table. The
-models of one precision are compared with each other too: the column "above fisher" (or above the first) is a paired difference
-in image error, with a star where it is told from chance after Holm's correction over all pairs.
+Runs ``fqdiff sweep`` on the file (FQDIFF_STORE; what is there is not made again) and prints a table for each precision of
+weights and activations, then the noise error by tenths of the timesteps. Intervals are those of comparisons, verdicts those of
+the sweep: Holm's correction over all of its cells. The noise floor, full precision with other noise, is the second row of each
+table, after full precision. The models of one precision are compared with each other too: the column "above fisher" (or above
+the first) is a paired difference in image error, with a star where it is told from chance after Holm's correction over all
+pairs.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from fqdiff.store.store import Store
 Row = dict[str, Any]
 SWEEP = Path(__file__).parent.parent / "examples" / "sweeps" / "methods.toml"
 HEAD = (
-    "| method | bytes | bits | FID digits - full precision's | verdict | image error | above {} | noise error | minutes"
+    "| method | bytes | bits | FID digits, above full precision's | verdict | image error | above {} | noise error | minutes"
     " | model |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
@@ -155,10 +156,12 @@ def table(rows: list[Row], runner: Runner) -> Iterator[str]:
         assert compared is not None
         floor = interval(runner.load(compared).pair("fid", FLOOR, BASELINE), "+.2f")
         error, own = first["image_mse_floor"], first["checkpoint_id"]
-        yield f"| float32, other noise | | 32 | {floor} | | {error:.4f} | | 0 | | {own} |"
+        yield f"| float32 | | 32 | {first['fid_full']:.1f} | | 0 | | 0 | | {own} |"
+        yield f"| float32, other noise | | 32 | {first['fid_floor']:.1f}, {floor} | | {error:.4f} | | 0 | | {own} |"
     for row in sorted((row for row in rows if row["error"] is None), key=lambda row: float(row["image_mse"])):
         yield (
-            f"| {words(row)} | {row['bytes']:,} | {row['bits_per_weight']:.2f} | {between(row, 'fid_difference', '+.2f')}"
+            f"| {words(row)} | {row['bytes']:,} | {row['bits_per_weight']:.2f}"
+            f" | {row['fid']:.1f}, {between(row, 'fid_difference', '+.2f')}"
             f" | {row['verdict']} | {between(row, 'image_mse', '.2e')}"
             f" | {differences.get(row['samples_id'], '')} | {between(row, 'noise_error', '.2e')}"
             f" | {row['making_seconds'] / 60:.1f} | {row['quantized_id']} |"

@@ -5,7 +5,8 @@
 
 Weights of one width, per channel by min-max; 20 timesteps of 256 runs of DDIM-50 to learn on, as ``fqdiff calibrate`` takes them.
 Noise error: 1/2 |eps_q - eps|^2, summed over pixels, on 64 held-out images at each of 20 timesteps, mean over all timesteps, the
-same inputs for all. What is in the store is not made again: long schedules can run beside each other, and be printed together.
+same inputs for all; "of the longest" is paired. What is in the store is not made again: long schedules can run beside each other,
+and be printed together.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 
 from fqdiff.configs import CalibrateConfig, CompareConfig, PlanConfig, QuantizeConfig, ReconstructConfig
@@ -59,15 +61,18 @@ def main() -> None:
     config = CompareConfig(error_inputs=INPUTS)
     with context.soft_stop() as stop_requested:
         held_out, ledger = runner.load(dataset).reference, Ledger(context, stop_requested)
-        found, _ = noise_error(runner.load(checkpoint), models, held_out, config, 0, context, ledger)
+        found, means = noise_error(runner.load(checkpoint), models, held_out, config, 0, context, ledger)
     curves = {curve.of: curve for curve in found}
-    last = curves[str(max(made))].mean
+    last = means[str(max(made))]
     print(f"checkpoint {checkpoint.id}, plan {plan.id}, calibration {calibration.id}, {options.device}\n")
-    print("| steps of a block | noise error [95 %] | of the longest | minutes | model |\n|---|---|---|---|---|")
+    print("| steps of a block | noise error [95 %] | of the longest [95 %] | minutes | model |\n|---|---|---|---|---|")
     for iterations, manifest in made.items():
         curve, minutes = curves[str(iterations)], manifest.seconds / 60 if iterations else 0.0
         interval = f"{curve.mean:.4g} [{curve.low:.4g}, {curve.high:.4g}]"
-        print(f"| {iterations or 'none'} | {interval} | {curve.mean / last:.3f} | {minutes:.1f} | {manifest.id} |")
+        paired = means[str(iterations)].draws / last.draws  # resample b drew the same inputs for all
+        low, high = np.quantile(paired.numpy(), (0.025, 0.975))
+        ratio = f"{curve.mean / last.value:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"| {iterations or 'none'} | {interval} | {ratio} | {minutes:.1f} | {manifest.id} |")
 
 
 if __name__ == "__main__":

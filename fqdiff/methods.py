@@ -266,8 +266,8 @@ METHODS: Mapping[str, Method] = {
             "where skips are joined, and their steps learned",
             "it is this project's own; plans with elements, which cannot be distilled, take --distill 0, those with phases "
             "--no-learn-steps too",
-            "bias correction harms such plans (docs/results/bias-correction.md); noise correction stays a flag, "
-            "not measured yet (docs/results/methods.md)",
+            "bias correction harms such plans (docs/results/bias-correction.md); noise correction brings it "
+            "nothing that can be told (docs/results/methods.md)",
             Bundle(
                 {"range": "mse", "intervals": 20, "split_skips": True},
                 distill=1000,

@@ -27,11 +27,13 @@ def test_the_field_s_table_has_an_interval_for_other_noise(comparison: Compariso
     }
     row = {
         **ends, "error": None, "samples_id": "s0", "comparison_id": "c0", "checkpoint_id": "m0", "quantized_id": "q0",
-        "fid_floor": 2.0, "fid_full": 1.0, "image_mse_floor": 0.3, "bytes": 7, "bits_per_weight": 4.0, "verdict": "worse",
-        "making_seconds": 60.0,
+        "fid": 1.5, "fid_floor": 2.0, "fid_full": 1.0, "image_mse_floor": 0.3, "bytes": 7, "bits_per_weight": 4.0,
+        "verdict": "worse", "making_seconds": 60.0,
     }  # fmt: skip
     lines = list(load(ROOT / "benchmarks" / "methods.py").table([row], runner))
-    assert f"| float32, other noise | | 32 | {floor_of(comparison)} |" in lines[2]
+    assert lines[2].startswith("| float32 | | 32 | 1.0 |")
+    assert f"| float32, other noise | | 32 | 2.0, {floor_of(comparison)} |" in lines[3]
+    assert " | 1.5, +1.00 [+1.00, +1.00] | worse | " in lines[4]
 
 
 def test_the_study_redone_has_an_interval_for_other_noise(comparison: Comparison) -> None:  # noqa: F811
