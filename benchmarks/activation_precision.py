@@ -36,7 +36,7 @@ from fqdiff.store.store import Store
 from fqdiff.values import FisherTable, Model
 
 STEPS, SAMPLES, TIMESTEPS, INTERVALS = 20, 5, 20, 20
-SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 COLUMNS = ("sites in int8", "chosen by", "noise error", "image error", "above fisher")
 
 

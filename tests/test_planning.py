@@ -512,6 +512,16 @@ def test_fisher_values_that_are_no_numbers_are_refused(
         plan(checkpoint, replace(fisher_table, entries=broken), None, budget_config(), 0, Context())
 
 
+def test_a_rule_promises_no_size_of_what_overflows(checkpoint: Checkpoint) -> None:
+    name = "block3.res1.conv1.weight"
+    huge = {**checkpoint.tensors, name: 1e6 * torch.ones_like(checkpoint.tensors[name])}
+    model = replace(checkpoint, tensors=huge)
+    with pytest.raises(QuantizationError, match=rf"{name}.*in float16") as caught:
+        plan(model, None, None, PlanConfig("uniform", low="float16"), 0, Context())
+    assert "bfloat16" in caught.value.hint
+    assert plan(model, None, None, PlanConfig("uniform", low="bfloat16"), 0, Context()).file_bytes
+
+
 def test_nan_weights_are_refused_and_weights_too_large_for_float16_never_get_it(
     checkpoint: Checkpoint, fisher_table: FisherTable
 ) -> None:

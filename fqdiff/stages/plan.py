@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fqdiff.configs import WHOLE_RUN, PlanConfig, PluginPlanConfig
 from fqdiff.context import Context
-from fqdiff.errors import ConfigError, LineageError, NumericalError
+from fqdiff.errors import ConfigError, LineageError, NumericalError, QuantizationError
 from fqdiff.groups import format_groups, parse_groups
 from fqdiff.models.registry import build, output_axes, parameter_blocks, split_weights
 from fqdiff.planning.activations import activation_formats
@@ -40,7 +40,7 @@ from fqdiff.quant.formats import (
     without_zero_point,
 )
 from fqdiff.quant.granularity import granularities
-from fqdiff.quant.packed import stored_bytes
+from fqdiff.quant.packed import pack_tensor, stored_bytes
 from fqdiff.quant.ranges import FISHER, MIN_MAX
 from fqdiff.quant.rounding import NEAREST, SQUANT, check_ranges
 from fqdiff.values import Checkpoint, Dataset, FisherTable, Plan, PlanEntry, planned_bytes
@@ -93,9 +93,10 @@ def plan(
 ) -> Plan:
     """One entry per parameter of ``checkpoint``: what fits a budget best, or, by a rule, narrower under thresholds.
 
-    Raises ConfigError for a timestep that the table lacks, a group size that does not divide or a budget that nothing fits,
-    LineageError for a table of other parameters. ``seed`` shuffles the random score. ``dataset`` is only looked at by predictor
-    gram, refine and the rival scores; its training images and ``seed`` make their calibration inputs.
+    Raises QuantizationError where a weight overflows its format, ConfigError for a timestep that the table lacks, a group size
+    that does not divide or a budget that nothing fits, LineageError for a table of other parameters. ``seed`` shuffles the random
+    score. ``dataset`` is only looked at by predictor gram, refine and the rival scores; its training images and ``seed`` make
+    their calibration inputs.
     """
     if config.strategy == "budget":
         check_target(checkpoint, config, fisher is not None and bool(fisher.weights))
@@ -173,8 +174,19 @@ def plan(
                 bytes=size,
             )
         )
+    check_casts(checkpoint, entries)
     weighting = part_weighting(config) if config.by_element or config.by_output else Plan.timestep_weights
     return Plan(config.strategy, tuple(entries), planned_bytes(checkpoint.spec, entries), timestep_weights=weighting)
+
+
+def check_casts(checkpoint: Checkpoint, entries: Iterable[PlanEntry]) -> None:
+    """Raise QuantizationError, which names the tensor, where a cast overflows: no size is promised of what cannot be stored."""
+    for e in entries:
+        if (fmt := get_format(e.format)).is_cast:
+            try:
+                pack_tensor(checkpoint.tensors[e.parameter], fmt, PerTensor())
+            except QuantizationError as error:
+                raise QuantizationError(f"'{e.parameter}': {error.message}", error.hint) from None
 
 
 def plan_by_plugin(
