@@ -145,13 +145,19 @@ class Judge:
         """Mean squared difference of each of ``images`` to the full-precision one of the same noise, float64 [N]."""
         return (images - self.baseline).square().flatten(1).mean(dim=1)
 
+    def fid(
+        self, samples: SampleSet, dataset: Dataset, features: ClassifierWeights
+    ) -> tuple[float, float, tuple[float, float]]:
+        """FID of ``samples``, its difference to full precision's of the same noise, and the interval of that."""
+        found = fid(samples, dataset, features, self.baseline_samples, FidConfig(), 0, self.alone())
+        assert found.difference is not None
+        assert found.interval is not None
+        return found.fid, found.difference, found.interval
+
     def row(self, budget: float | None, label: str, made: Made, dataset: Dataset, features: ClassifierWeights) -> Row:
         """Everything measured of a model."""
         samples = self.samples(made.value, made.seed)
         images = to_unit_range(samples.images).double()
-        found = fid(samples, dataset, features, self.baseline_samples, FidConfig(), 0, self.alone())
-        assert found.difference is not None
-        assert found.interval is not None
         return Row(
             budget,
             label,
@@ -161,9 +167,7 @@ class Judge:
             self.noise_error(made.value),
             self.image_errors(images).tolist(),
             float((images - self.baseline).mean()),
-            found.fid,
-            found.difference,
-            found.interval,
+            *self.fid(samples, dataset, features),
         )
 
 

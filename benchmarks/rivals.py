@@ -1,4 +1,4 @@
-"""optimum-quanto and SDNQ against a Fisher budget plan of the same bytes, on one model: noise error, image error.
+"""optimum-quanto and SDNQ against a Fisher budget plan of the same bytes, on one model: noise error, image error, FID.
 
     pip install -c constraints.txt 'fqdiff[bench]'
     fqdiff import pretrained:mnist-small --name mnist-small
@@ -29,11 +29,13 @@ import torch
 from budget import SAMPLES, TIMESTEPS, Judge, ours
 from rival_libraries import Setting, quantized, quanto_settings, sdnq_settings
 
+from fqdiff.configs import ClassifierConfig
 from fqdiff.context import Context
-from fqdiff.pipeline import Runner
+from fqdiff.evidence.features import to_unit_range
+from fqdiff.pipeline import Runner, Step
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
-from fqdiff.values import Checkpoint
+from fqdiff.values import Checkpoint, ClassifierWeights, Dataset
 
 LIBRARIES = ("optimum-quanto", "sdnq")
 BEGIN, END = "<!-- measured by benchmarks/rivals.py -->", "<!-- end of what was measured -->"
@@ -70,13 +72,17 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: ``source`` is a plan's id, or empty; ``noise`` its noise error; ``images`` the error of each image."""
+    """One model: ``source`` is a plan's id, or empty; ``noise`` its noise error; ``images`` the error of each image.
+
+    ``fid``: FID digits, its difference to full precision's, and the ends of that one's interval; empty before there are images.
+    """
 
     label: str
     source: str
     file_bytes: int
     noise: float
     images: tuple[float, ...] = ()
+    fid: tuple[float, ...] = ()
 
     def bits(self, parameters: int) -> float:
         """Bits per weight, the whole file counted."""
@@ -92,6 +98,8 @@ class Bench:
     checkpoint: Checkpoint
     tables: dict[str, Manifest]
     judge: Judge
+    dataset: Dataset
+    features: ClassifierWeights
     ledger: Ledger
     key: Record
 
@@ -119,17 +127,21 @@ class Bench:
             return str(got["error"])
         return Row(f"{setting.library}: {setting.label}", "", got["bytes"], got["noise"])
 
-    def images(self, key: Record, model: Callable[[], Any]) -> tuple[float, ...]:
-        """The error of each image of ``model``."""
-        key = {**key, "measure": "images", "images": self.judge.images, "steps": self.judge.steps}
+    def with_images(self, row: Row, key: Record, model: Callable[[], Any]) -> Row:
+        """``row`` with the error of each image of ``model``, and with FID."""
+        key = {**key, "measure": "images and FID", "images": self.judge.images, "steps": self.judge.steps}
 
         def measure() -> Record:
-            return {"errors": self.judge.image_errors(self.judge.sampled(model(), 0)).tolist()}
+            samples = self.judge.samples(model(), 0)
+            errors = self.judge.image_errors(to_unit_range(samples.images).double()).tolist()
+            value, difference, interval = self.judge.fid(samples, self.dataset, self.features)
+            return {"errors": errors, "fid": [value, difference, *interval]}
 
-        return tuple(self.ledger.get(key, measure)["errors"])
+        found = self.ledger.get(key, measure)
+        return replace(row, images=tuple(found["errors"]), fid=tuple(found["fid"]))
 
     def rival_with_images(self, setting: Setting, row: Row) -> Row:
-        return replace(row, images=self.images(self.rival_key(setting), lambda: self.rival_model(setting)[1]))
+        return self.with_images(row, self.rival_key(setting), lambda: self.rival_model(setting)[1])
 
     def plan(self, name: str, target_bytes: int) -> Row | None:
         """Our plan of strategy ``name`` in at most ``target_bytes``; None if nothing fits."""
@@ -138,7 +150,8 @@ class Bench:
             return None
         key = {**self.key, "plan": made.plan, "model": made.model}
         found = self.ledger.get({**key, "measure": "noise"}, lambda: {"noise": self.judge.noise_error(made.value)})
-        return Row(f"fqdiff: {name}", made.plan, made.file_bytes, found["noise"], self.images(key, lambda: made.value))
+        row = Row(f"fqdiff: {name}", made.plan, made.file_bytes, found["noise"])
+        return self.with_images(row, key, lambda: made.value)
 
 
 def entrants(rows: Iterable[tuple[Setting, Row]], budgets: list[float], parameters: int) -> list[tuple[Setting, Row]]:
@@ -163,8 +176,8 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 def compared(groups: list[tuple[Row, list[Row]]], parameters: int) -> list[str]:
     """The table of rivals, each above our plans of its bytes; Markdown lines."""
     lines = [
-        "| model | bytes | bits | noise error | image error | median | theirs - ours | plan |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | bytes | bits | noise error | image error | median | theirs - ours | FID digits | plan |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for rival, plans in groups:
         for row in (rival, *plans):
@@ -175,9 +188,11 @@ def compared(groups: list[tuple[Row, list[Row]]], parameters: int) -> list[str]:
                 gain = mean_and_error(a - b for a, b in zip(rival.images, row.images, strict=True))
                 difference = f"{gain[0]:+.5f} ± {gain[1]:.5f}"
             label = f"**{row.label}**" if row is rival else row.label
+            value, above, low, high = row.fid
             lines.append(
                 f"| {label} | {row.file_bytes:,} | {row.bits(parameters):.3f} | {row.noise:.3g}"
-                f" | {mean:.5f} ± {error:.5f} | {median:.5f} | {difference} | {row.source} |"
+                f" | {mean:.5f} ± {error:.5f} | {median:.5f} | {difference}"
+                f" | {value:.1f}, {above:+.1f} [{low:+.1f}, {high:+.1f}] | {row.source} |"
             )
     return lines
 
@@ -211,12 +226,14 @@ def main() -> None:
     parser.add_argument("--plans", default="trajectory", help="our strategies, of those of budget.py, with slashes")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--steps", type=int, default=20, help="of DDIM")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, help="where measurements are kept (default: STORE-rivals.jsonl)")
     parser.add_argument("--markdown", type=Path, help="also put the tables into this page, between its marks")
     options = parser.parse_args()
 
     store = Store(options.store)
-    runner = Runner(store, Context())
+    context = Context(torch.device(options.device))
+    runner = Runner(store, context)
     manifest = store.resolve(options.checkpoint, ("checkpoint",))
     checkpoint: Checkpoint = runner.load(manifest)
     tables = {"loss": store.resolve(options.loss, ("fisher",)), "runs": store.resolve(options.runs, ("fisher",))}
@@ -224,10 +241,18 @@ def main() -> None:
     assert given is not None
     dataset = store.find("dataset", given.id)
     assert dataset is not None
-    judge = Judge(checkpoint, runner.load(dataset).reference, options.images, options.steps)
+    images: Dataset = runner.load(dataset)
+    features = runner.run(Step("classifier", {"dataset": dataset}, ClassifierConfig()))
+    judge = Judge(checkpoint, images.reference, options.images, options.steps, context)
     results = options.results or options.store.with_name(f"{options.store.resolve().name}-rivals.jsonl")
-    key = {"checkpoint": manifest.id, "dataset": dataset.id, "inputs": [TIMESTEPS, SAMPLES], "torch": torch.__version__}
-    bench = Bench(runner, manifest, checkpoint, tables, judge, Ledger(results), key)
+    key = {
+        "checkpoint": manifest.id,
+        "dataset": dataset.id,
+        "features": features.id,
+        "inputs": [TIMESTEPS, SAMPLES],
+        "torch": torch.__version__,
+    }
+    bench = Bench(runner, manifest, checkpoint, tables, judge, images, runner.load(features), Ledger(results), key)
     parameters = sum(t.numel() for t in checkpoint.tensors.values())
 
     works: list[tuple[Setting, Row]] = []
@@ -251,7 +276,7 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in (*LIBRARIES, "torch"))
     lines = [
         f"Checkpoint {manifest.id} ({parameters:,} parameters), Fisher tables {tables['loss'].id} and"
-        f" {tables['runs'].id}; {versions}; {options.images} images, DDIM-{options.steps}, seed 0.",
+        f" {tables['runs'].id}, features {features.id}; {versions}; {options.images} images, DDIM-{options.steps}, seed 0.",
         "",
         *compared(groups, parameters),
         "",

@@ -2,12 +2,13 @@
 
 import ast
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fqdiff
+from fqdiff.configs import ClassifierConfig
 from fqdiff.values import Checkpoint
+from tests.test_cli import good
 from tests.test_docs import ROOT, load
 
 FOREIGN = ("optimum", "sdnq")
@@ -195,3 +198,40 @@ def test_only_the_bench_extra_asks_for_them() -> None:
         if any(w.startswith(FOREIGN) for w in wanted)
     }
     assert wanting == {"bench"}
+
+
+def test_the_page_is_made_from_the_first_command_to_the_last_row(
+    rivals: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a library that rounds to bfloat16, so that none has to be there. Rejects a script whose parts fit no more."""
+    store = tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "5", "--name", "mnist-small")
+    weight = ("--granularity", "weight", "--bins", "1", "--samples", "2")
+    good(store, "fisher", "--timesteps", "2", *weight, "--name", "loss")
+    good(store, "fisher", "--kind", "trajectory", "--steps", "2", *weight, "--name", "runs")
+
+    def rounded(network: Any, setting: Any) -> Any:
+        weights = {name: t.to(torch.bfloat16).float() for name, t in network.state_dict().items()}
+        return SimpleNamespace(content=bytes(100_000), weights=weights)
+
+    page = tmp_path / "page.md"
+    page.write_text(f"{rivals.BEGIN}\n{rivals.END}\n")
+    monkeypatch.setattr(rivals, "quanto_settings", lambda: ())
+    monkeypatch.setattr(rivals, "sdnq_settings", lambda: (rivals.Setting("sdnq", "rounded", {}),))
+    monkeypatch.setattr(rivals, "quantized", rounded)
+    monkeypatch.setattr(rivals, "version", lambda name: "0")
+    monkeypatch.setattr(rivals, "ClassifierConfig", lambda: ClassifierConfig(epochs=1))
+    words = ["rivals.py", "--store", str(store), "--images", "12", "--steps", "2", "--budgets", "64"]
+    monkeypatch.setattr("sys.argv", [*words, "--markdown", str(page)])
+    rivals.main()
+    made = page.read_text()
+    (theirs,) = re.findall(r"\| \*\*sdnq: rounded\*\* \| 100,000 \|.*", made)
+    (plan,) = re.findall(r"\| fqdiff: trajectory \|.*", made)
+    for line in (theirs, plan):
+        assert re.search(r"\| \d+\.\d, [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\] \|", line)
+    assert int(plan.split(" | ")[1].replace(",", "")) <= 100_000
+    before = (tmp_path / "store-rivals.jsonl").read_bytes()
+    monkeypatch.setattr(rivals, "quantized", lambda *arguments: pytest.fail("measured twice"))
+    rivals.main()
+    assert page.read_text() == made
+    assert (tmp_path / "store-rivals.jsonl").read_bytes() == before
