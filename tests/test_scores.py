@@ -229,7 +229,8 @@ def test_a_rivals_plan_needs_a_checkpoint_and_images_and_its_file_is_as_large_as
     assert promised(checkpoint, made, None, tmp_path) <= 7.0 * made.parameters / 8
     assert made.budget is not None
     assert (made.budget.score, made.budget.measured) == (score, None)
-    assert (made.budget.calibration_timesteps, made.budget.calibration_samples) == (2, 2)
+    samples = 1 if score == "hawq" else 2  # which looks at one image at each timestep, whatever there is
+    assert (made.budget.calibration_timesteps, made.budget.calibration_samples) == (2, samples)
     assert len({e.format for e in made.entries if len(e.shape) > 1}) > 1
     if score == "modelopt":  # all draw their inputs in one place
         blind = replace(dataset, images=torch.where(dataset.held_out[:, None, None, None], 0, dataset.images))
