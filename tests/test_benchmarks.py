@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from fqdiff.configs import CalibrateConfig
 from fqdiff.report.words import interval
 from fqdiff.values import Comparison, Curve, Point
+from tests.test_cli import good
 from tests.test_comparison import comparison, real, sets  # noqa: F401 - fixtures
 from tests.test_docs import ROOT, load
 
@@ -65,3 +67,22 @@ def test_a_part_that_a_row_leaves_out_is_said() -> None:
     assert methods.words({**row, "quantize_activation_steps": False}) == "fisher, without activation steps"
     assert methods.words({**row, "quantize_noise_correction": True}) == "fisher, noise correction"
     assert methods.words({"quantize_activations_split_skips": False}) == "skips joined"
+
+
+def test_wide_activations_are_measured_in_every_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script on a tiny model. Rejects a script whose parts fit no more, and sites that are wide in no order."""
+    module, store = load(ROOT / "benchmarks" / "activation_precision.py"), tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20")
+    good(store, "fisher", "--timesteps", "4", "--samples", "2", "--name", "outputs")
+    few = CalibrateConfig(steps=4, timesteps=4, samples=2)
+    for name, value in (("CalibrateConfig", lambda: few), ("INTERVALS", 2), ("SHARES", (0.0, 0.5, 1.0)), ("STEPS", 2)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr("sys.argv", ["activation_precision.py", "outputs", "--store", str(store), "--images", "4"])
+    module.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == ["none", "fisher", "reverse", "random", "all"]
+    errors = [float(row[2]) for row in rows]
+    assert errors[-1] < min(errors[:-1])
+    assert len(set(errors)) == 5

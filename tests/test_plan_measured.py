@@ -192,24 +192,6 @@ def test_refining_finds_the_plan_of_the_true_values(checkpoint: Checkpoint, tabl
     assert best < 0.9 * trials[0].measured
 
 
-def test_a_plan_that_comes_back_is_predicted_as_it_was_measured(checkpoint: Checkpoint, table: FisherTable) -> None:
-    """The second plan does ten times worse than its parts say, so that the first comes back. Rejects an end in disagreement."""
-    offer, tried = make_offer(checkpoint, table, config(), 0, Context()), []
-
-    def measure(choice: tuple[int, ...]) -> tuple[float, Array]:
-        tried.append(choice)
-        parts = offer.market.values[np.arange(len(choice)), list(choice)]
-        return float(parts.sum()) * (1.5 if len(tried) == 1 else 3.0), parts * np.linspace(1, 2, len(parts))
-
-    trials = refine(offer.market, 110_000, separate(offer.market.values), measure, 8, Ledger(Context(), lambda: False))
-    assert len(trials) < 8
-    assert any(trial.agrees for trial in trials)
-    for trial in trials:
-        bound = trial.found.choice.lower_bound
-        assert bound is not None
-        assert bound <= trial.found.predicted * (1 + 1e-9)
-
-
 def test_a_factor_is_measured_over_predicted_and_the_last_plan_is_predicted_right() -> None:
     values = np.array([[0.0, 2.0], [0.0, 3.0], [0.0, 5.0]])
     parts = np.array([4.0, 3.0, 9.0])

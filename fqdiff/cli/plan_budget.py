@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TARGETS = {"target_bpw", "target_size", "target_bytes", "max_loss_increase", "pareto"}
 MOST_POINTS = 1000
 LEAST_BPW = 1e-9
+PROVEN = 1e-9  # a gap that is no more than float64 sums in another order
 ACTIVATIONS = ("activations", "wide_activations", "activation_ratio")
 GRAINS = ("tensor", "channel", "group-near:64")  # what a budget chooses from unless it is told otherwise
 PLAIN = {"phases": 1, "rounding": "nearest", "predictor": "diagonal"}  # with which output channels may differ in format
@@ -192,20 +193,25 @@ def activations_text(value: "Plan", listed: bool = False) -> list[str]:
     return [total, *([f"{counts[-1][0]}: {', '.join(rare)}"] if rare and listed else [])]
 
 
+def less_than(bound: float, predicted: float) -> str:
+    """How near to the best a plan is known to be."""
+    gap = 1 - bound / predicted if predicted > 0 else 0.0
+    if gap < PROVEN:
+        return "; no plan that fits is predicted less"
+    return f"; no plan that fits is predicted less than {bound:.4g}, {100 * gap:.2g} % below"
+
+
 def facts_text(value: "Plan") -> list[str]:
     """What the budget was, how much of it is used, and how good the plan is known to be."""
+    from fqdiff.planning.refine import AGREEMENT
+
     b = value.budget
     if b is None:
         return []
     bound = b.lower_bound if b.score != "uniform" else None  # older plans of one width have one that is none
     if b.target_bytes is not None:
         asked = f"target {b.target_bytes:,} bytes, {b.target_bytes - value.file_bytes:,} of them unused"
-        gap = 1 - bound / b.predicted if bound is not None and b.predicted > 0 else 0.0
-        best = (
-            f"; no plan that fits is predicted less than {bound:.4g}, {100 * gap:.2g} % below"
-            if bound is not None
-            else ""
-        )
+        best = "" if bound is None else less_than(bound, b.predicted)
         if bound is not None and b.constraint == "none" and b.predictor == "diagonal":
             best = "; no plan is predicted less"
     else:
@@ -225,7 +231,9 @@ def facts_text(value: "Plan") -> list[str]:
         )
     if b.measured is not None:
         ratio = f", {b.predicted / b.measured:.3f} of it predicted" if b.measured > 0 else ""
-        facts.append(f"measured {b.measured:.4g} on {calibration}{ratio}; the best of {b.evaluations} plans tried")
+        apart = abs(b.predicted - b.measured) > AGREEMENT * b.measured
+        end = ": they do not agree, for a plan came back or no more were to be measured" if apart else ""
+        facts.append(f"measured {b.measured:.4g} on {calibration}{ratio}; the best of {b.evaluations} plans tried{end}")
     return [*facts, *phases_text(value)]
 
 

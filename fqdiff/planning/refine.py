@@ -75,14 +75,6 @@ def solve(market: Market, target: int, problem: Quadratic) -> Found:
     return Found(problem, choice, best.swaps, problem.value(first.positions))
 
 
-def scaled(found: Found, factor: float) -> Found:
-    """``found`` with all that is predicted times ``factor``."""
-    problem = found.problem.scaled(np.full(len(found.problem.linear), factor))
-    bound = found.choice.lower_bound
-    choice = replace(found.choice, lower_bound=None if bound is None else bound * factor)
-    return replace(found, problem=problem, choice=choice, diagonal=found.diagonal * factor)
-
-
 def corrections(
     problem: Quadratic, choices: Sequence[tuple[int, ...]], measured: Sequence[float], parts: Sequence[Array]
 ) -> Array:
@@ -114,8 +106,7 @@ def refine(
 ) -> list[Trial]:
     """Up to ``most`` plans, each by the corrections of those before it, with what they did; the first from ``problem`` itself.
 
-    Ends where prediction and measurement agree, or a plan comes back: that one is what all corrections together choose, and
-    nothing is left to measure. One factor for all tensors, by which no choice changes, then makes its prediction its measurement.
+    Ends where prediction and measurement agree, or a plan comes back, with the prediction that it has by then.
     """
     measured, parts = ledger.rows("refine measured", most), ledger.rows("refine parts", most, len(market.options))
     trials: list[Trial] = []
@@ -136,8 +127,6 @@ def refine(
         found = solve(market, target, problem.scaled(factors))
         if found.choice.positions in tried:
             again = tried.index(found.choice.positions)
-            if found.predicted > 0 and trials[again].measured > 0:
-                found = scaled(found, trials[again].measured / found.predicted)
             trials[again] = replace(trials[again], found=found)
             break
     units.close()

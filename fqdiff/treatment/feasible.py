@@ -30,7 +30,7 @@ def check_feasible(treatment: Treatment, spec: ModelSpec, plan: Plan | None, t: 
         check_reparameterization(normed_inputs(network))
     if treatment.temporal_scales is not None:
         check_temporal_scales(treatment.temporal_scales, total)
-    if treatment.temporal_first and not temporal_block(network)[1]:
+    if treatment.temporal_first and not temporal_block(network)[1]:  # whatever the plan, which may not be made yet
         check_temporal({}, ())
     if plan is not None:
         _check_formats(treatment, plan, network, total)
