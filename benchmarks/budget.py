@@ -6,13 +6,15 @@
     python benchmarks/budget.py mnist-small --loss loss --runs runs
 
 Everything is counted in bits per weight: the size of the file, over the weights of the network. All models start from the same
-noise. Noise error: 1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs, and over timesteps. Image error: squared
-difference of pixels in [-1, 1] to the full-precision model's image from the same noise, with a 95 % bootstrap interval over
-images; the paired difference to the first strategy of the same budget has one of its own.
+noise. Noise error: 1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs, and over timesteps, with a 95 % bootstrap
+interval over inputs. Image error: squared difference of pixels in [-1, 1] to the full-precision model's image from the same
+noise, with a 95 % bootstrap interval over images. Noise error over that of the first strategy of the same budget, and image
+error less that one's, are paired, with intervals of their own.
 """
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,15 +32,17 @@ from fqdiff.configs import RIVALS, ClassifierConfig, FidConfig, PlanConfig, Quan
 from fqdiff.context import Context, MemoryParts
 from fqdiff.errors import ConfigError
 from fqdiff.evidence.features import to_unit_range
+from fqdiff.evidence.resampling import draw_counts, mean_draws, widened
 from fqdiff.pipeline import Runner, Step
 from fqdiff.rng import generator
 from fqdiff.sensitivity.inputs import Inputs, draw_inputs, graded_timesteps
-from fqdiff.sensitivity.measure import outputs, residual, rises
+from fqdiff.sensitivity.measure import outputs
 from fqdiff.stages.fid import fid
+from fqdiff.stages.plan import plan
 from fqdiff.stages.sample import sample
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
-from fqdiff.values import Checkpoint, ClassifierWeights, Dataset, SampleSet
+from fqdiff.values import Checkpoint, ClassifierWeights, Dataset, FisherTable, SampleSet
 
 TIMESTEPS, SAMPLES = 20, 5  # held-out inputs of the noise error
 RESAMPLES = 1000
@@ -53,6 +58,7 @@ SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, setti
     "fisher": ("loss", {"score": "fisher", **FREE}),
     "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}),
     "fisher, gram": ("loss", {"score": "fisher", "predictor": "gram", **WHOLE}),
+    "fisher, refined": ("loss", {"score": "fisher", "refine": 8, **FREE}),
     "fisher, kept elements": ("loss", {"score": "fisher", "granularity": "channel,element", "scale": "float16"}),
     "fisher, int by channel": (
         "loss",
@@ -66,9 +72,17 @@ SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, setti
     "reverse": ("loss", {"score": "reverse", **FREE}),
     "one width": ("loss", {"score": "uniform", "scale": "float16", "formats": INTEGERS}),
 }
+LADDER = ("int8", "int6", "int5", "int4", "int3", "int2")
+RULE: dict[str, Any] = {"strategy": "threshold", "at": "mean", "ladder": LADDER, "ladder_step": 4.0, "scale": "float16"}
+LADDERS = "ladder"  # a rule, its first threshold the least that fits
 DISTILLED, LONGER = ", distilled", ", distilled longer"  # kept elements cannot be
 STEPS = {LONGER: 8000, DISTILLED: 1000}
-STRATEGIES = [*SCORES, *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name), f"trajectory{LONGER}"]
+STRATEGIES = [
+    *SCORES,
+    LADDERS,
+    *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name),
+    f"trajectory{LONGER}",
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,10 @@ class Made:
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the table. ``errors``: of each image; ``fid``: digits, of them all, and its difference to full precision's."""
+    """One model of the table. ``noise_draws``: the noise error of each resample, the same ones for all models.
+
+    ``errors``: of each image; ``fid``: digits, of them all, and its difference to full precision's.
+    """
 
     budget: float | None
     label: str
@@ -92,6 +109,7 @@ class Row:
     model: str
     file_bytes: int
     noise_error: float
+    noise_draws: list[float]
     errors: list[float]
     mean_shift: float
     fid: float
@@ -107,7 +125,8 @@ class Judge:
         timesteps, self.weights = graded_timesteps(checkpoint.spec.noise_schedule().num_train_timesteps, TIMESTEPS)
         self.inputs: Inputs = draw_inputs(held_out, checkpoint.spec, timesteps, self.weights, SAMPLES, 0, "budget")
         self.reference = self.outputs(checkpoint)
-        self.residual = residual(self.inputs, self.reference)
+        draws = [generator(0, "budget noise error", t) for t in timesteps.tolist()]
+        self.counts = [draw_counts(SAMPLES, RESAMPLES, draw) for draw in draws]
 
     def alone(self) -> Context:
         """The context with partial results of its own: those of one model are not another's."""
@@ -135,11 +154,19 @@ class Judge:
         """The same in [-1, 1], float64."""
         return to_unit_range(self.samples(model, seed).images).double()
 
+    def noise(self, model: Any) -> tuple[float, Tensor]:
+        """1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs and timesteps; and its draws, float64 [RESAMPLES].
+
+        Each resample draws inputs anew at every timestep.
+        """
+        errors = 0.5 * (self.outputs(model) - self.reference).square().flatten(1).sum(dim=1).view(-1, SAMPLES)
+        drawn = torch.stack([mean_draws(row, n) for row, n in zip(errors, self.counts, strict=True)], dim=1)
+        means = errors.mean(dim=1)
+        return float(means @ self.weights), widened(drawn, means, SAMPLES) @ self.weights
+
     def noise_error(self, model: Any) -> float:
-        """1/2 |eps_q - eps|^2, summed over pixels, mean over held-out inputs and timesteps."""
-        delta = self.outputs(model) - self.reference
-        error, _, _ = rises(delta, self.residual, SAMPLES)
-        return float((error * self.weights).sum())
+        """:meth:`noise` without draws."""
+        return self.noise(model)[0]
 
     def image_errors(self, images: Tensor) -> Tensor:
         """Mean squared difference of each of ``images`` to the full-precision one of the same noise, float64 [N]."""
@@ -158,13 +185,15 @@ class Judge:
         """Everything measured of a model."""
         samples = self.samples(made.value, made.seed)
         images = to_unit_range(samples.images).double()
+        noise_error, draws = self.noise(made.value)
         return Row(
             budget,
             label,
             made.plan,
             made.model,
             made.file_bytes,
-            self.noise_error(made.value),
+            noise_error,
+            draws.tolist(),
             self.image_errors(images).tolist(),
             float((images - self.baseline).mean()),
             *self.fid(samples, dataset, features),
@@ -179,52 +208,97 @@ def mean_and_interval(values: Tensor) -> tuple[float, float, float]:
     return float(values.mean()), low, high
 
 
+def ladder(checkpoint: Checkpoint, table: FisherTable, target_bytes: int, context: Context) -> PlanConfig | None:
+    """The rule with the least first threshold whose file fits, to a thousandth; None where no threshold's does.
+
+    A bit less is four times the squared error, so that thresholds are that far apart.
+    """
+
+    def at(exponent: float) -> PlanConfig:
+        return PlanConfig(threshold=10.0**exponent, **RULE)
+
+    def fits(exponent: float) -> bool:
+        return plan(checkpoint, table, None, at(exponent), 0, context).file_bytes <= target_bytes
+
+    low, high = -30.0, 20.0  # all in the widest format, all but stem and head in the narrowest
+    if not fits(high):
+        return None
+    while high - low > 4e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return at(high)
+
+
+def budget(target: dict[str, Any], settings: dict[str, Any]) -> PlanConfig:
+    """The settings of a plan for ``target``, such as target_bpw=2.5."""
+    if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
+        settings = {**settings, "formats": TINY}
+    return PlanConfig("budget", **target, **settings)
+
+
 def ours(
     runner: Runner, checkpoint: Manifest, tables: dict[str, Manifest], target: dict[str, Any], name: str
 ) -> Made | None:
-    """The model of one strategy for ``target``, such as target_bpw=2.5; None where nothing fits."""
+    """The model of one strategy for ``target``; None where nothing fits."""
     suffix = next((one for one in STEPS if name.endswith(one)), "")
-    role, settings = SCORES[name.removesuffix(suffix)]
-    steps = STEPS.get(suffix, 0)
-    if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
-        settings = {**settings, "formats": TINY}
-    table, config = tables[role], PlanConfig("budget", **target, **settings)
+    strategy = name.removesuffix(suffix)
+    role, settings = SCORES.get(strategy, ("loss", RULE))
+    table = tables[role]
+    if strategy == LADDERS:
+        model = runner.load(checkpoint)
+        parameters = sum(t.numel() for t in model.tensors.values())
+        size = target.get("target_bytes") or math.floor(target["target_bpw"] * parameters / 8)
+        config = ladder(model, runner.load(table), size, runner.context)
+    else:
+        config = budget(target, settings)
+    if config is None:
+        return None
     inputs = {"checkpoint": checkpoint, "fisher": table}
-    if settings["score"] in RIVALS or settings.get("predictor") == "gram":
+    if config.score in RIVALS or config.is_measured:
         given = table.input("dataset")
         assert given is not None
         dataset = runner.store.find("dataset", given.id)
         assert dataset is not None
         inputs["dataset"] = dataset
     try:
-        plan = runner.run(Step("plan", inputs, config))
+        made_plan = runner.run(Step("plan", inputs, config))
     except ConfigError:
         return None
-    inputs = {"checkpoint": checkpoint, "plan": plan}
-    if table.recipe.config["granularity"] == "weight":
+    inputs = {"checkpoint": checkpoint, "plan": made_plan}
+    if table.recipe.config["granularity"] == "weight" and strategy != LADDERS:
         inputs["fisher"] = table
-    made = runner.run(Step("quantize", inputs, QuantizeConfig(distill=steps)))
-    return Made(plan.id, made.id, made.file("model.safetensors").bytes, runner.load(made))
+    made = runner.run(Step("quantize", inputs, QuantizeConfig(distill=STEPS.get(suffix, 0))))
+    return Made(made_plan.id, made.id, made.file("model.safetensors").bytes, runner.load(made))
 
 
 HEAD = (
-    "| model | bits | bytes | noise error | image error [95 %] | above the first [95 %] | shift | FID digits | plan | model |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| model | bits | bytes | noise error [95 %] | times the first's [95 %] | image error [95 %] | above the first's [95 %]"
+    " | shift | FID digits | plan | model |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
+
+
+def ends(values: Tensor) -> str:
+    """The middle 95 % of ``values``."""
+    low, high = np.quantile(values.numpy(), (0.025, 0.975))
+    return f"[{low:.3g}, {high:.3g}]"
 
 
 def line(row: Row, parameters: int, first: Row | None) -> str:
     """``row`` as one line of the table; ``first``: of the same budget."""
-    errors, more = torch.tensor(row.errors, dtype=torch.float64), ""
+    errors = torch.tensor(row.errors, dtype=torch.float64)
     mean, low, high = mean_and_interval(errors)
+    draws, times, above = torch.tensor(row.noise_draws, dtype=torch.float64), "", ""
     if first is not None and first is not row:
-        above = errors - torch.tensor(first.errors, dtype=torch.float64)
-        more = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*mean_and_interval(above))
+        ratios = draws / torch.tensor(first.noise_draws, dtype=torch.float64)
+        times = f"{row.noise_error / first.noise_error:.3g} {ends(ratios)}"
+        more = errors - torch.tensor(first.errors, dtype=torch.float64)
+        above = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*mean_and_interval(more))
     a, b = row.fid_interval
     name = row.label if row.budget is None else f"{row.label}, {row.budget:g}"
     return (
-        f"| {name} | {8 * row.file_bytes / parameters:.3f} | {row.file_bytes:,} | {row.noise_error:.3g}"
-        f" | {mean:.5f} [{low:.5f}, {high:.5f}] | {more} | {row.mean_shift:+.3f}"
+        f"| {name} | {8 * row.file_bytes / parameters:.3f} | {row.file_bytes:,} | {row.noise_error:.3g} {ends(draws)} | {times}"
+        f" | {mean:.5f} [{low:.5f}, {high:.5f}] | {above} | {row.mean_shift:+.3f}"
         f" | {row.fid:.1f}, {row.fid_difference:+.1f} [{a:+.1f}, {b:+.1f}] | {row.plan} | {row.model} |"
     )
 
@@ -301,7 +375,7 @@ def main() -> None:
             target = {"target_bpw": budget}
             row = measured(budget, name, lambda n=name, t=target: ours(runner, manifest, tables, t, n))
             if row is None:
-                print(f"| {name}, {budget:g} | nothing fits |" + " |" * 8)
+                print(f"| {name}, {budget:g} | nothing fits |" + " |" * 9)
             else:
                 first = first or row
                 print(line(row, parameters, first), flush=True)

@@ -1,12 +1,13 @@
 """What the scripts of benchmarks/ print, of comparisons made here."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fqdiff.configs import CalibrateConfig
+from fqdiff.configs import CalibrateConfig, ClassifierConfig
 from fqdiff.report.words import interval
 from fqdiff.values import Comparison, Curve, Point
 from tests.test_cli import good
@@ -86,3 +87,36 @@ def test_wide_activations_are_measured_in_every_order(
     errors = [float(row[2]) for row in rows]
     assert errors[-1] < min(errors[:-1])
     assert len(set(errors)) == 5
+
+
+def test_the_budget_benchmark_pairs_its_models_and_its_ladder_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script on a tiny model. Rejects a ladder over its budget, or far below it, and rows that are measured twice."""
+    module, store = load(ROOT / "benchmarks" / "budget.py"), tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20", "--name", "tiny")
+    few = ("--granularity", "weight", "--bins", "1", "--samples", "2", "tiny")
+    good(store, "fisher", "--kind", "true", "--timesteps", "4", *few, "--name", "loss")
+    good(store, "fisher", "--kind", "trajectory", *few, "--name", "runs")
+    small = ClassifierConfig(epochs=1)
+    monkeypatch.setattr(module, "ClassifierConfig", lambda: small)
+    kept = tmp_path / "budget.json"
+    options = ("--store", str(store), "--loss", "loss", "--runs", "runs", "--images", "8", "--steps", "2")
+    plans = ("--budgets", "6", "--strategies", "fisher/ladder/fisher, refined", "--output", str(kept))
+    monkeypatch.setattr("sys.argv", ["budget.py", "tiny", *options, *plans])
+    module.main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [line.split(" | ")[0] for line in printed] == ["| float32, other noise"] + [
+        f"| {name}, 6" for name in ("fisher", "ladder", "fisher, refined")
+    ]
+    bits = [float(line.split(" | ")[1]) for line in printed]
+    assert 5.0 < bits[2] <= 6.0
+    assert printed[1].split(" | ")[4] == ""
+    assert float(printed[2].split(" | ")[4].split()[0]) > 0
+    rows = json.loads(kept.read_text())["rows"]
+    assert len(rows[1]["noise_draws"]) == module.RESAMPLES
+    assert len(rows[1]["errors"]) == 8
+    before = kept.read_bytes()
+    monkeypatch.setattr(module.Judge, "row", None)
+    module.main()
+    assert kept.read_bytes() == before
