@@ -99,7 +99,11 @@ def test_the_budget_benchmark_pairs_its_models_and_its_ladder_fits(
     good(store, "fisher", "--kind", "true", "--timesteps", "4", *few, "--name", "loss")
     good(store, "fisher", "--kind", "trajectory", *few, "--name", "runs")
     small = ClassifierConfig(epochs=1)
+    monkeypatch.setattr(module, "fid", lambda *given: SimpleNamespace(fid=2.0, difference=1.0, interval=(0.5, 1.5)))
     monkeypatch.setattr(module, "ClassifierConfig", lambda: small)
+    cheap = {"score": "fisher", "scale": "float16", "formats": ("float32", "int8", "int6", "int4")}
+    for name, more in (("fisher", {}), ("fisher, refined", {"refine": 2})):
+        monkeypatch.setitem(module.SCORES, name, ("loss", {**cheap, **more}))
     kept = tmp_path / "budget.json"
     options = ("--store", str(store), "--loss", "loss", "--runs", "runs", "--images", "8", "--steps", "2")
     plans = ("--budgets", "6", "--strategies", "fisher/ladder/fisher, refined", "--output", str(kept))
@@ -112,6 +116,7 @@ def test_the_budget_benchmark_pairs_its_models_and_its_ladder_fits(
     bits = [float(line.split(" | ")[1]) for line in printed]
     assert 5.0 < bits[2] <= 6.0
     assert printed[1].split(" | ")[4] == ""
+    assert printed[1].split(" | ")[8] == "2.0, +1.0 [+0.5, +1.5]"
     assert float(printed[2].split(" | ")[4].split()[0]) > 0
     rows = json.loads(kept.read_text())["rows"]
     assert len(rows[1]["noise_draws"]) == module.RESAMPLES
