@@ -420,7 +420,7 @@ def test_what_is_not_there_is_not_found(store: Store, tmp_path: Path) -> None:
     refuse(tmp_path, ArtifactNotFound, "there is no file .*model.safetensors")
     refuse(store.directory("plan", plan.id), ArtifactNotFound, "there is no file .*model.safetensors")
     refuse("none", ArtifactNotFound, "no checkpoint or quantized is named 'none'", store)
-    refuse(plan.id, ArtifactNotFound, "no checkpoint or quantized is named", store)
+    refuse(plan.id, ArtifactNotFound, f"is the plan {plan.id}, and another kind is asked for", store)
     refuse("latest", ArtifactNotFound, "no checkpoint or quantized in", store)
 
 

@@ -46,6 +46,7 @@ def test_a_plan_without_them_has_the_recipe_and_the_file_it_had(checkpoint: Chec
 
 def test_w4a8_is_both_formats(store: Path) -> None:
     both = good(store, "plan", "one", "--uniform", "W4A8")
+    assert good(store, "plan", "one", "--uniform", "w4a8")["id"] == both["id"]
     assert both["id"] == good(store, "plan", "one", "--uniform", "int4", "--activations", "int8", "--dry-run")["id"]
     assert set(both["activations"].values()) == {"int8"}  # type: ignore[attr-defined]
     weights = good(store, "plan", "one", "--uniform", "W4A32", "--dry-run")

@@ -445,6 +445,20 @@ def test_latest_in_an_empty_store_says_how_to_make_one(store: Store) -> None:
     assert not store.root.exists()
 
 
+def test_what_a_reference_is_instead_is_said(store: Store) -> None:
+    """Of another kind, by its id; and of the right one, by the path of its folder or of a file in it."""
+    plan = put(store, "plan")
+    with pytest.raises(ArtifactNotFound, match=f"'{plan.id[:6]}' is the plan {plan.id}, and another kind is asked for"):
+        store.resolve(plan.id[:6], ("quantized", "checkpoint"))
+    for path in (store.directory("plan", plan.id), store.directory("plan", plan.id) / "plan.json"):
+        with pytest.raises(ArtifactNotFound, match="no plan is named") as error:
+            store.resolve(str(path), ("plan",))
+        assert error.value.hint == f"the plan goes by its id: {plan.id}"
+    with pytest.raises(ArtifactNotFound, match="no plan is named 'abc'") as error:
+        store.resolve("abc", ("plan",))
+    assert "4 digits" in error.value.hint
+
+
 def test_a_name_of_another_kind_or_of_a_removed_artifact_says_so(store: Store) -> None:
     manifest = put(store, "plan")
     store.give_name("best", manifest)

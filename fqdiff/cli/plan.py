@@ -438,7 +438,7 @@ def choose_strategy(flags: set[str], in_file: set[str]) -> str | None:
 
 def parse_uniform(text: str, activations: str | None) -> dict[str, object]:
     """``int4``, or ``W4A8``: weights in 4 bits, activations in 8; 32 stands for float32."""
-    both = re.fullmatch(r"W([0-9]+)A([0-9]+)", text)
+    both = re.fullmatch(r"W([0-9]+)A([0-9]+)", text, re.IGNORECASE)
     if both is None:
         return {"uniform": text}
     require(activations is None, f"--activations beside {text}, which has its own", "leave it out")

@@ -99,18 +99,27 @@ class Store:
             if "/" in ref:
                 found = [m for m in found if m.kind == ref.rpartition("/")[0]]
         if not found:
-            if named is None:
-                problem = f"no {wanted} is named '{ref}'"
-            else:
-                state = "another kind is asked for" if self.find(*named) else "it is gone"
-                problem = f"'{ref}' is the {named[0]} {named[1]}, and {state},"
-            raise ArtifactNotFound(
-                f"{problem} in {self.root}", "fqdiff store ls shows what is there; ids need 4 digits or more"
-            )
+            raise self._not_found(ref, kinds)
         if len(found) > 1:
             ids = ", ".join(f"{m.kind}/{m.id}" for m in found[:5])
             raise AmbiguousRef(f"'{ref}' may be any of {len(found)}: {ids}", "write more digits of the id")
         return found[0]
+
+    def _not_found(self, ref: str, kinds: tuple[str, ...]) -> ArtifactNotFound:
+        """The error that says what ``ref`` is, if it is anything: a name, an id, or the path of an artifact's folder or file."""
+        problem, hint = f"no {' or '.join(kinds) or 'artifact'} is named '{ref}'", "fqdiff store ls shows what is there"
+        ids = [part for part in ref.split("/") if ID_PATTERN.fullmatch(part)] or [ref]
+        meant = [m for m in self.manifests() if len(ids[-1]) >= 4 and m.id.startswith(ids[-1])]
+        if (named := self.names().get(ref)) is not None:
+            state = "another kind is asked for" if self.find(*named) else "it is gone"
+            problem = f"'{ref}' is the {named[0]} {named[1]}, and {state},"
+        elif len(meant) == 1 and meant[0].kind not in (kinds or KINDS):
+            problem = f"'{ref}' is the {meant[0].kind} {meant[0].id}, and another kind is asked for,"
+        elif len(meant) == 1:
+            hint = f"the {meant[0].kind} goes by its id: {meant[0].id}"
+        else:
+            hint += "; ids need 4 digits or more"
+        return ArtifactNotFound(f"{problem} in {self.root}", hint)
 
     def names(self) -> dict[str, tuple[str, str]]:
         """Given names and the (kind, id) each stands for; a file that says no such thing names nothing."""
