@@ -36,7 +36,6 @@ from fqdiff.store.store import Store
 from fqdiff.values import FisherTable, Model
 
 STEPS, SAMPLES, TIMESTEPS, INTERVALS = 20, 5, 20, 20
-SHARES = (0.0, 0.125, 0.25, 0.5, 1.0)
 COLUMNS = ("sites in int8", "chosen by", "noise error", "image error", "above fisher")
 
 
@@ -55,7 +54,7 @@ def between(values: Tensor, form: str) -> str:
     return f"{mean:{form}} [{mean - half:{form}}, {mean + half:{form}}]"
 
 
-def rows(runner: Runner, table: str, images: int, seed: int) -> Iterator[list[str]]:
+def rows(runner: Runner, table: str, shares: Sequence[float], images: int, seed: int) -> Iterator[list[str]]:
     """One line of the table after the other, what they rest on first."""
     fisher = runner.store.resolve(table, ("fisher",))
     given = fisher.input("checkpoint")
@@ -71,9 +70,9 @@ def rows(runner: Runner, table: str, images: int, seed: int) -> Iterator[list[st
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
 
     full, device = runner.load(checkpoint), runner.context.device
-    timesteps, shares = graded_timesteps(full.spec.noise_schedule().num_train_timesteps, TIMESTEPS)
+    timesteps, weights_of_t = graded_timesteps(full.spec.noise_schedule().num_train_timesteps, TIMESTEPS)
     held_out = runner.load(dataset).reference
-    inputs = draw_inputs(held_out, full.spec, timesteps, shares, SAMPLES, seed, "activation benchmark")
+    inputs = draw_inputs(held_out, full.spec, timesteps, weights_of_t, SAMPLES, seed, "activation benchmark")
 
     def run(model: Model) -> tuple[Tensor, Tensor]:
         network = model.network().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -87,7 +86,7 @@ def rows(runner: Runner, table: str, images: int, seed: int) -> Iterator[list[st
         runner.load(weights),
         runner.load(calibration),
     )
-    for share in SHARES:
+    for share in shares:
         first: Tensor | None = None
         for name, order in chosen.items() if 0 < share < 1 else [("all" if share else "none", sites)]:
             wide = dict.fromkeys(order[: round(share * len(sites))], "int8")
@@ -97,7 +96,7 @@ def rows(runner: Runner, table: str, images: int, seed: int) -> Iterator[list[st
             squares = (drawn - final).square().mean(dim=(1, 2, 3))
             above = "" if first is None else between(squares - first, "+.4f")
             first = squares if first is None else first
-            yield [f"{len(wide)}", name, f"{float(errors @ shares):.4g}", between(squares, ".4f"), above]
+            yield [f"{len(wide)}", name, f"{float(errors @ weights_of_t):.4g}", between(squares, ".4f"), above]
 
 
 def main() -> None:
@@ -105,12 +104,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fisher", help="a table with Fisher values of layer outputs")
     parser.add_argument("--store", type=Path, default=Path(os.environ.get("FQDIFF_STORE", "fqdiff-store")))
+    parser.add_argument("--shares", default="0,0.125,0.25,0.5,1", help="of sites in int8")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     runner = Runner(Store(arguments.store), Context(torch.device(arguments.device)))
-    for row in rows(runner, arguments.fisher, arguments.images, arguments.seed):
+    shares = [float(share) for share in arguments.shares.split(",")]
+    for row in rows(runner, arguments.fisher, shares, arguments.images, arguments.seed):
         print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -78,9 +78,10 @@ def test_wide_activations_are_measured_in_every_order(
     good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20")
     good(store, "fisher", "--timesteps", "4", "--samples", "2", "--name", "outputs")
     few = CalibrateConfig(steps=4, timesteps=4, samples=2)
-    for name, value in (("CalibrateConfig", lambda: few), ("INTERVALS", 2), ("SHARES", (0.0, 0.5, 1.0)), ("STEPS", 2)):
+    for name, value in (("CalibrateConfig", lambda: few), ("INTERVALS", 2), ("STEPS", 2)):
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr("sys.argv", ["activation_precision.py", "outputs", "--store", str(store), "--images", "4"])
+    options = ("--store", str(store), "--images", "4", "--shares", "0,0.5,1")
+    monkeypatch.setattr("sys.argv", ["activation_precision.py", "outputs", *options])
     module.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     assert [row[1] for row in rows] == ["none", "fisher", "reverse", "random", "all"]
