@@ -15,17 +15,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
+from noise_ratio import errors_and_ratios
 
-from fqdiff.configs import CalibrateConfig, CompareConfig, PlanConfig, QuantizeConfig, ReconstructConfig
+from fqdiff.configs import CalibrateConfig, PlanConfig, QuantizeConfig, ReconstructConfig
 from fqdiff.context import Context
 from fqdiff.pipeline import Runner, Step
-from fqdiff.sensitivity.curves import noise_error
-from fqdiff.sensitivity.ledger import Ledger
 from fqdiff.store.manifest import Manifest
 from fqdiff.store.store import Store
-from fqdiff.values import Model
 
 INPUTS = 64
 
@@ -45,10 +42,6 @@ def main() -> None:
     store, context = Store(options.store), Context(torch.device(options.device))
     runner = Runner(store, context, command="benchmarks/reconstruction.py")
     checkpoint = store.resolve(options.checkpoint, ("checkpoint",))
-    given = checkpoint.input("dataset")
-    assert given is not None
-    dataset = store.find("dataset", given.id)
-    assert dataset is not None
     calibration = runner.run(Step("calibrate", {"checkpoint": checkpoint}, CalibrateConfig()))
     plan = runner.run(Step("plan", {"checkpoint": checkpoint}, PlanConfig("uniform", low=options.low)))
     start = runner.run(Step("quantize", {"checkpoint": checkpoint, "plan": plan}, QuantizeConfig()))
@@ -57,22 +50,14 @@ def main() -> None:
         inputs = {"checkpoint": checkpoint, "model": start, "calibration": calibration}
         made[iterations] = runner.run(Step("reconstruct", inputs, ReconstructConfig(iterations=iterations)))
 
-    models: dict[str, Model] = {str(n): runner.load(manifest) for n, manifest in made.items()}
-    config = CompareConfig(error_inputs=INPUTS)
-    with context.soft_stop() as stop_requested:
-        held_out, ledger = runner.load(dataset).reference, Ledger(context, stop_requested)
-        found, means = noise_error(runner.load(checkpoint), models, held_out, config, 0, context, ledger)
-    curves = {curve.of: curve for curve in found}
-    last = means[str(max(made))]
+    named = {str(n): manifest for n, manifest in made.items()}
+    lines = errors_and_ratios(runner, checkpoint, named, str(max(made)), INPUTS)
     print(f"checkpoint {checkpoint.id}, plan {plan.id}, calibration {calibration.id}, {options.device}\n")
     print("| steps of a block | noise error [95 %] | of the longest [95 %] | minutes | model |\n|---|---|---|---|---|")
-    for iterations, manifest in made.items():
-        curve, minutes = curves[str(iterations)], manifest.seconds / 60 if iterations else 0.0
-        interval = f"{curve.mean:.4g} [{curve.low:.4g}, {curve.high:.4g}]"
-        paired = means[str(iterations)].draws / last.draws  # resample b drew the same inputs for all
-        low, high = np.quantile(paired.numpy(), (0.025, 0.975))
-        ratio = f"{curve.mean / last.value:.3f} [{low:.3f}, {high:.3f}]"
-        print(f"| {iterations or 'none'} | {interval} | {ratio} | {minutes:.1f} | {manifest.id} |")
+    for steps, error, ratio in lines:
+        manifest = named[steps]
+        minutes = manifest.seconds / 60 if int(steps) else 0.0
+        print(f"| {steps if int(steps) else 'none'} | {error} | {ratio} | {minutes:.1f} | {manifest.id} |")
 
 
 if __name__ == "__main__":

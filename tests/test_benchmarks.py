@@ -126,3 +126,26 @@ def test_the_budget_benchmark_pairs_its_models_and_its_ladder_fits(
     monkeypatch.setattr(module.Judge, "row", None)
     module.main()
     assert kept.read_bytes() == before
+
+
+def test_a_ratio_of_noise_errors_is_paired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rejects a ratio turned over, and intervals of resamples that differ from model to model, of which one is not exact."""
+    module, store = load(ROOT / "benchmarks" / "noise_ratio.py"), tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20")
+    for name in ("int4", "int8"):
+        plan = good(store, "plan", "--uniform", name)
+        good(store, "quantize", str(plan["id"]), "--name", name)
+    copied = str(good(store, "quantize", str(plan["id"]))["id"])
+    monkeypatch.setattr(module, "INPUTS", 4)
+    monkeypatch.setattr("sys.argv", ["noise_ratio.py", "int4", "int8", copied, "--store", str(store)])
+    module.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["int4", "int8", copied]
+    assert rows[0][2] == "1.000 [1.000, 1.000]"
+    assert rows[1][1:] == rows[2][1:]
+    means = [float(row[1].split()[0]) for row in rows[:2]]
+    ratio, low, high = (float(part.strip("[],")) for part in rows[1][2].split())
+    assert ratio == pytest.approx(means[1] / means[0], abs=1e-3)
+    assert 0 <= low <= ratio <= high < 0.2
