@@ -54,6 +54,7 @@ TINY = ("float32", "float16", "int8", "int4", "int3", "codebook4", "codebook3", 
 TINY_BELOW = 1.75  # bits per weight, for which no plan without one-bit codes is small enough
 SCORES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (which table, settings of the plan)
     "trajectory": ("runs", {"score": "trajectory", **FREE}),
+    "trajectory, refined": ("runs", {"score": "trajectory", "refine": 8, **FREE}),
     "fisher by sampler": ("loss", {"score": "fisher", "timestep_weights": "sampler", **FREE}),
     "fisher": ("loss", {"score": "fisher", **FREE}),
     "fisher, one format a tensor": ("loss", {"score": "fisher", **WHOLE}),
