@@ -230,7 +230,7 @@ def ladder(checkpoint: Checkpoint, table: FisherTable, target_bytes: int, contex
     return at(high)
 
 
-def budget(target: dict[str, Any], settings: dict[str, Any]) -> PlanConfig:
+def settings_for(target: dict[str, Any], settings: dict[str, Any]) -> PlanConfig:
     """The settings of a plan for ``target``, such as target_bpw=2.5."""
     if "formats" not in settings and target.get("target_bpw", TINY_BELOW) < TINY_BELOW:
         settings = {**settings, "formats": TINY}
@@ -251,7 +251,7 @@ def ours(
         size = target.get("target_bytes") or math.floor(target["target_bpw"] * parameters / 8)
         config = ladder(model, runner.load(table), size, runner.context)
     else:
-        config = budget(target, settings)
+        config = settings_for(target, settings)
     if config is None:
         return None
     inputs = {"checkpoint": checkpoint, "fisher": table}
@@ -346,6 +346,7 @@ def main() -> None:
         "features": network.id,
         "images": options.images,
         "steps": options.steps,
+        "resamples": RESAMPLES,
     }
     rows: list[Row] = []
     if options.output.exists():
