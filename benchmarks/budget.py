@@ -77,24 +77,24 @@ LADDER = ("int8", "int6", "int5", "int4", "int3", "int2")
 RULE: dict[str, Any] = {"strategy": "threshold", "at": "mean", "ladder": LADDER, "ladder_step": 4.0, "scale": "float16"}
 LADDERS = "ladder"  # a rule, its first threshold the least that fits
 DISTILLED, LONGER = ", distilled", ", distilled longer"  # kept elements cannot be
-STEPS = {LONGER: 8000, DISTILLED: 1000}
+STEPS = {LONGER: 4000, DISTILLED: 1000}
 STRATEGIES = [
     *SCORES,
     LADDERS,
     *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name),
-    f"trajectory{LONGER}",
+    f"trajectory, refined{LONGER}",
 ]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A model with the ids of its plan and of itself; ``seed`` of its samples."""
+    """A model with the ids of its plan and of itself; ``other_noise``: than all others' images are made of."""
 
     plan: str
     model: str
     file_bytes: int
     value: Any
-    seed: int = 0
+    other_noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,10 @@ class Row:
 class Judge:
     """Compares networks with the full-precision one on the same inputs and from the same noise."""
 
-    def __init__(self, checkpoint: Checkpoint, held_out: Tensor, images: int, steps: int, context: Context) -> None:
-        self.checkpoint, self.steps, self.images, self.context = checkpoint, steps, images, context
+    def __init__(
+        self, checkpoint: Checkpoint, held_out: Tensor, images: int, steps: int, context: Context, seed: int = 0
+    ) -> None:
+        self.checkpoint, self.steps, self.images, self.context, self.seed = checkpoint, steps, images, context, seed
         timesteps, self.weights = graded_timesteps(checkpoint.spec.noise_schedule().num_train_timesteps, TIMESTEPS)
         self.inputs: Inputs = draw_inputs(held_out, checkpoint.spec, timesteps, self.weights, SAMPLES, 0, "budget")
         self.reference = self.outputs(checkpoint)
@@ -140,7 +142,7 @@ class Judge:
     @cached_property
     def baseline_samples(self) -> SampleSet:
         """What all others are compared with."""
-        return self.samples(self.checkpoint, 0)
+        return self.samples(self.checkpoint, self.seed)
 
     @cached_property
     def baseline(self) -> Tensor:
@@ -184,7 +186,7 @@ class Judge:
 
     def row(self, budget: float | None, label: str, made: Made, dataset: Dataset, features: ClassifierWeights) -> Row:
         """Everything measured of a model."""
-        samples = self.samples(made.value, made.seed)
+        samples = self.samples(made.value, self.seed + made.other_noise)
         images = to_unit_range(samples.images).double()
         noise_error, draws = self.noise(made.value)
         return Row(
@@ -315,6 +317,7 @@ def main() -> None:
     parser.add_argument("--strategies", default="/".join(STRATEGIES), help="separated by slashes; empty for none")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise that images are made of")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
     parser.add_argument(
         "--output", type=Path, default=Path("budget.json"), help="keep rows here, and measure none twice"
@@ -337,7 +340,7 @@ def main() -> None:
     dataset: Dataset = runner.load(found)
     network = runner.run(Step("classifier", {"dataset": found}, ClassifierConfig()))
     features: ClassifierWeights = runner.load(network)
-    judge = Judge(checkpoint, dataset.reference, options.images, options.steps, context)
+    judge = Judge(checkpoint, dataset.reference, options.images, options.steps, context, options.seed)
     parameters = sum(t.numel() for t in checkpoint.tensors.values())
     facts = {
         "checkpoint": manifest.id,
@@ -346,6 +349,7 @@ def main() -> None:
         "features": network.id,
         "images": options.images,
         "steps": options.steps,
+        "seed": options.seed,
         "resamples": RESAMPLES,
     }
     rows: list[Row] = []
@@ -368,7 +372,7 @@ def main() -> None:
 
     print(f"{facts}\n\n" + "\n".join(HEAD))
     full = manifest.file("model.safetensors").bytes
-    other = measured(None, "float32, other noise", lambda: Made("", manifest.id, full, checkpoint, seed=1))
+    other = measured(None, "float32, other noise", lambda: Made("", manifest.id, full, checkpoint, other_noise=True))
     assert other is not None
     print(line(other, parameters, None), flush=True)
     for budget in (float(b) for b in options.budgets.split(",") if b):

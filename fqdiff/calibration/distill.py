@@ -187,7 +187,8 @@ def begin(
         group["first"] = group["lr"]
         if on_cuda:  # a graph reads the rate where it is
             group["lr"] = torch.tensor(group["lr"], device=device)
-    optimizer = torch.optim.Adam(groups, betas=BETAS, capturable=on_cuda)
+    # A tensor is a group, a rate of its own, and fused a group is one kernel.
+    optimizer = torch.optim.Adam(groups, betas=BETAS, capturable=on_cuda, fused=on_cuda)
     count = config.distill_batch
     walkers, pool = Walkers.begin(checkpoint.spec, count, seed), Pool.empty(checkpoint.spec, POOL_STEPS * count)
     return Distillation(tensors, optimizer, walkers, pool)
