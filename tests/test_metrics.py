@@ -28,6 +28,15 @@ def drawn(x: Tensor, counts: Tensor) -> Tensor:
     return x.repeat_interleave(counts.long(), dim=0)
 
 
+def test_metrics_compute_where_features_are() -> None:
+    # As on CUDA, which few machines have: meta tensors hold no values, and refuse to be mixed with others. What is left to
+    # refuse is the value at the end.
+    a = normal(40, 7, "a").to("meta")
+    for compute in (lambda: block_distances(a, a, 10), lambda: manifold_values(a, a), lambda: inception_score(a)):
+        with pytest.raises(RuntimeError, match="item"):
+            compute()
+
+
 # --- kernel distance -------------------------------------------------------------------------------------------------
 
 

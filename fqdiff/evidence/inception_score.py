@@ -10,7 +10,8 @@ from torch import Tensor
 
 def inception_score(probabilities: Tensor) -> float:
     """The score of ``probabilities`` [N, K], over all images at once and not in ten splits: fewer images, less bias."""
-    return float(inception_score_draws(probabilities, torch.ones(1, len(probabilities), dtype=torch.int32)))
+    once = torch.ones(1, len(probabilities), dtype=torch.int32, device=probabilities.device)
+    return float(inception_score_draws(probabilities, once))
 
 
 def inception_score_draws(probabilities: Tensor, counts: Tensor) -> Tensor:

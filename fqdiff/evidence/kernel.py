@@ -23,7 +23,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
     Unbiased, hence sometimes below 0.
     """
-    once = [(x, torch.ones(1, len(x), dtype=torch.int32)) for x in (a, b)]
+    once = [(x, torch.ones(1, len(x), dtype=torch.int32, device=x.device)) for x in (a, b)]
     return float(kernel_draws(*once[0], once[1:]))
 
 

@@ -74,6 +74,6 @@ def manifold_draws(real: Tensor, real_counts: Tensor, fake: Tensor, fake_counts:
 
 def manifold_values(real: Tensor, fake: Tensor) -> tuple[float, float, float, float]:
     """Precision, recall, density and coverage of ``fake`` [M, D] against ``real`` [N, D]."""
-    once = torch.ones(1, len(real), dtype=torch.int32), torch.ones(1, len(fake), dtype=torch.int32)
+    once = [torch.ones(1, len(x), dtype=torch.int32, device=x.device) for x in (real, fake)]
     precision, recall, density, coverage = (float(t) for t in astuple(manifold_draws(real, once[0], fake, once[1])))
     return precision, recall, density, coverage
