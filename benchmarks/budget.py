@@ -82,7 +82,7 @@ STRATEGIES = [
     *SCORES,
     LADDERS,
     *(f"{name}{DISTILLED}" for name in SCORES if "elements" not in name),
-    f"trajectory, refined{LONGER}",
+    f"trajectory{LONGER}",
 ]
 
 
