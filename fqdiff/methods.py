@@ -169,10 +169,11 @@ METHODS: Mapping[str, Method] = {
             "its calibration set (20 timesteps of 256 runs, the default), block reconstruction with AdaRound, then learned steps "
             "of activations, and scales of their own, of weights and of activations, for the two parts of a joined skip",
             "every layer that is given a joined skip is split, two of them through a norm, where the paper splits 1x1 "
-            "shortcuts; the penalty on undecided roundings covers both parts, where the code leaves out the second; 1,000 "
-            "iterations a block on 7 of 8 inputs, the best rounding on the others kept, where the code takes 20,000 and the "
-            "last; steps start from ranges of least squared error and learn by squared errors, where the code has min-max and "
-            "|x|^2.4; the time embedding and the output are quantized as the plan says",
+            "shortcuts; the penalty on undecided roundings covers both parts, where the code leaves out the second; 250 "
+            "iterations a block and 500 of all blocks together, on 7 of 8 inputs, the best rounding on the others kept, where "
+            "the code takes 20,000 a block and the last, and none together; steps start from ranges of least squared error and "
+            "learn by squared errors, where the code has min-max and |x|^2.4; the time embedding and the output are quantized as "
+            "the plan says",
             bundle=Bundle(
                 {"range": "mse", "split_skips": True},
                 reconstruct=True,
@@ -228,8 +229,8 @@ METHODS: Mapping[str, Method] = {
             "blocks; ranges of activations for each interval of timesteps, from that interval's inputs alone; the inputs of "
             "layers that depend on t alone stay in full precision, and samplers compute their outputs once for each t",
             "exact extremes of an interval, where the code takes a moving average over batches; 20 intervals of equal width; "
-            "1,000 iterations, where the code takes 20,000; those layers' weights are stored as the plan says, since a table of "
-            "their outputs for all t would be larger than they are",
+            "250 iterations a block and 500 of all together, where the code takes 20,000 and none; those layers' weights are "
+            "stored as the plan says, since a table of their outputs for all t would be larger than they are",
             bundle=Bundle(
                 {"range": "min-max", "intervals": 20, "split_skips": False, "temporal": False},
                 reconstruct=True,

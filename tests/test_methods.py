@@ -277,12 +277,13 @@ def test_a_flag_goes_over_its_method(store: Path) -> None:
 
 
 def test_q_diffusion_makes_a_model_of_the_size_of_its_plan_and_scales(store: Path) -> None:
-    few = ("--reconstruct-iterations", "3", "--steps-iterations", "2", "--calibration", "uniform")
-    made: Any = good(store, "quantize", "split", "--method", "q-diffusion", "--activations", "int8", *few)
+    few = ("--reconstruct-iterations", "3", "--reconstruct-network", "2", "--calibration", "uniform")
+    int8 = ("--activations", "int8", "--steps-iterations", "2")
+    made: Any = good(store, "quantize", "split", "--method", "q-diffusion", *few, *int8)
     assert made["file_bytes"] == made["promised_bytes"] + made["activation_bytes"]
     assert "split" in {a["granularity"] for a in _header(Path(made["file"]))["activations"]}
     assert any(q["granularity"].startswith("split") for q in _header(Path(made["file"]))["quantized"].values())
-    weights: Any = good(store, "quantize", "split", "--method", "q-diffusion", *few[:2], *few[4:])
+    weights: Any = good(store, "quantize", "split", "--method", "q-diffusion", *few)
     assert weights["file_bytes"] == weights["promised_bytes"]
 
 

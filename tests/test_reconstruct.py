@@ -50,7 +50,7 @@ from tests.test_cli import call, good
 
 INTEGERS = [f"int{bits}{end}" for bits in (8, 6, 5, 4, 3, 2) for end in ("", "sym")]
 GRAINS = (PerTensor(), PerChannel(0, torch.float16), PerGroup(9, 0))
-FEW = ReconstructConfig(iterations=20, batch=8, inputs=16)
+FEW = ReconstructConfig(iterations=20, batch=8, inputs=16, network_iterations=0)
 CPU = torch.device("cpu")
 
 
@@ -356,7 +356,7 @@ def test_blocks_and_the_network_come_closer_on_other_inputs_at_the_same_size(
 ) -> None:
     made = low_plan(checkpoint, low)
     nearest = quantize(checkpoint, made, None, QuantizeConfig(), 0, Context())
-    config = ReconstructConfig(iterations=60, batch=16)
+    config = ReconstructConfig(iterations=60, batch=16, network_iterations=0)
     new = reconstruct_blocks(checkpoint, nearest, calibration, config, 0, Context())
     other = calibrate(checkpoint, None, None, CalibrateConfig(steps=10, timesteps=10, samples=4), 1, Context())
 
@@ -475,7 +475,15 @@ def test_what_cannot_be_reconstructed_is_refused_by_name(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"iterations": 0}, {"batch": 0}, {"inputs": 1}, {"rate": 0.0}, {"minutes": -1.0}, {"minutes": float("nan")}],
+    [
+        {"iterations": 0},
+        {"batch": 0},
+        {"inputs": 1},
+        {"rate": 0.0},
+        {"minutes": -1.0},
+        {"minutes": float("nan")},
+        {"network_iterations": -1},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -489,7 +497,7 @@ def test_the_command_reconstructs_before_activations_are_quantized(tmp_path: Pat
     plain: Any = good(store, "quantize", "int4", "--dry-run")
     few = ("--steps", "4", "--timesteps", "4", "--samples", "4")
     good(store, "calibrate", "one", *few, "--name", "inputs")
-    flags = ("--reconstruct", "--reconstruct-iterations", "3", "--calibration", "inputs")
+    flags = ("--reconstruct", "--reconstruct-iterations", "3", "--reconstruct-network", "2", "--calibration", "inputs")
     made: Any = good(store, "quantize", "int4", *flags)
     assert made["inputs"].keys() == {"checkpoint", "model", "calibration"}
     assert plain["id"] in str(made["inputs"]["model"])
@@ -498,7 +506,7 @@ def test_the_command_reconstructs_before_activations_are_quantized(tmp_path: Pat
     both: Any = good(store, "quantize", "int4", *flags, "--activations", "int8", "--dynamic")
     assert made["id"] in str(both["inputs"]["model"])
     config = tmp_path / "fqdiff.toml"
-    config.write_text("[reconstruct]\niterations = 3\n")
+    config.write_text("[reconstruct]\niterations = 3\nnetwork_iterations = 2\n")
     assert good(store, "quantize", "int4", "--config", str(config), "--dry-run")["id"] == made["id"]
     assert (
         good(store, "quantize", "int4", "--config", str(config), "--no-reconstruct", "--dry-run")["id"] == plain["id"]

@@ -250,7 +250,7 @@ def test_a_file_whose_split_is_beyond_its_tensor_is_refused(checkpoint: Checkpoi
 def test_a_split_model_is_reconstructed(checkpoint: Checkpoint) -> None:
     inputs = calibrate(checkpoint, None, None, CalibrateConfig(steps=4, timesteps=4, samples=8), 0, Context())
     model = quantize(checkpoint, low_plan(checkpoint, low="int3"), None, QuantizeConfig(), 0, Context())
-    config = ReconstructConfig(iterations=30, batch=8, inputs=32)
+    config = ReconstructConfig(iterations=30, batch=8, inputs=32, network_iterations=0)
     new: QuantizedCheckpoint = reconstruct_blocks(checkpoint, model, inputs, config, 0, Context())
     name = "head.late.weight"
     old, found = (unpack(m.packed[name].parts["codes"], 3, m.packed[name].shape) for m in (model, new))

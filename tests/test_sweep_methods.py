@@ -47,6 +47,7 @@ method = "q-diffusion"
 activations = "int8"
 [quantize.reconstruct]
 iterations = 2
+network_iterations = 0
 [quantize.activation-steps]
 iterations = 2
 
@@ -106,7 +107,13 @@ def test_cells_have_the_ids_that_single_commands_give(swept: tuple[Path, Any, st
         ("--method", "linear", *inputs[2:]),
         ("--method", "linear", *int8, *inputs),
         None,
-        ("--method", "q-diffusion", *int8, *words("--reconstruct-iterations 2 --steps-iterations 2"), *inputs),
+        (
+            "--method",
+            "q-diffusion",
+            *int8,
+            *words("--reconstruct-iterations 2 --reconstruct-network 0 --steps-iterations 2"),
+            *inputs,
+        ),
     ]
     assert len(rows) == len(commands)
     for row, command in zip(rows, commands, strict=True):
@@ -334,6 +341,7 @@ def test_work_counts_what_stages_repeat() -> None:
 
     assert units("calibrate", samples=3, steps=5) == 15
     assert units("reconstruct-temporal", iterations=7) == units("activation-steps", iterations=7) == 7
+    assert units("reconstruct", iterations=7, network_iterations=4) == 11
     assert units("quantize-reparameterized", distill=4) == 5
     assert units("noise-correction", intervals=9) == 1
 

@@ -25,7 +25,7 @@ from fqdiff.stages.reconstruct import reconstruct_blocks, reconstruct_temporal_f
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 from tests.test_cli import call, good
 
-FEW = ReconstructConfig(iterations=6, batch=8, inputs=16)
+FEW = ReconstructConfig(iterations=6, batch=8, inputs=16, network_iterations=0)
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +156,16 @@ def test_the_command_reconstructs_the_temporal_block_first(tmp_path: Path) -> No
     good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "5", "--name", "one")
     good(store, "plan", "--uniform", "int4", "--name", "int4")
     good(store, "calibrate", "one", "--steps", "4", "--timesteps", "4", "--samples", "4", "--name", "inputs")
-    flags = ("--reconstruct", "--reconstruct-iterations", "3", "--reconstruct-temporal")
+    few = ("--reconstruct-iterations", "3", "--reconstruct-network", "2")
+    flags = ("--reconstruct", *few, "--reconstruct-temporal")
     made: Any = good(store, "quantize", "int4", *flags)
     assert made["file_bytes"] == made["promised_bytes"]
-    method = ("--method", "tfmq", "--reconstruct-iterations", "3")
+    method = ("--method", "tfmq", *few)
     assert good(store, "quantize", "int4", *method, "--dry-run")["id"] == made["id"]
     together: Any = good(store, "quantize", "int4", *method, "--reconstruct-together", "--dry-run")
-    assert together["id"] == good(store, "quantize", "int4", *flags[:3], "--dry-run")["id"] != made["id"]
+    assert together["id"] == good(store, "quantize", "int4", *flags[:5], "--dry-run")["id"] != made["id"]
     config = tmp_path / "fqdiff.toml"
-    config.write_text("[reconstruct-temporal]\niterations = 3\n")
+    config.write_text("[reconstruct-temporal]\niterations = 3\nnetwork_iterations = 2\n")
     assert good(store, "quantize", "int4", "--config", str(config), "--dry-run")["id"] == made["id"]
     both: Any = good(store, "quantize", "int4", *method, "--activations", "int8", "--activation-intervals", "2")
     assert made["id"] in str(both["inputs"]["model"])

@@ -138,6 +138,15 @@ def quantize(
             rich_help_panel=RECONSTRUCTION,
         ),
     ] = None,
+    reconstruct_network: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps on all blocks together that follow, on what the network puts out; 0 for none.",
+            show_default=f"{ReconstructConfig.network_iterations}",
+            rich_help_panel=RECONSTRUCTION,
+        ),
+    ] = None,
     reconstruct_batch: Annotated[
         int | None,
         typer.Option(
@@ -155,7 +164,7 @@ def quantize(
         int | None,
         typer.Option(
             min=2,
-            help="Inputs of the calibration set that are used, at most.",
+            help="Inputs of the calibration set that a block is given, at most.",
             show_default=f"{ReconstructConfig.inputs}",
             rich_help_panel=RECONSTRUCTION,
         ),
@@ -173,7 +182,7 @@ def quantize(
     reconstruct_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for all blocks; the schedule is shortened to fit.",
+            help="Time for all of it; schedules are shortened to fit.",
             show_default="as long as it takes",
             rich_help_panel=RECONSTRUCTION,
         ),
@@ -333,7 +342,7 @@ def quantize(
     steps_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for all blocks; the schedule is shortened to fit.",
+            help="Time for all of it; schedules are shortened to fit.",
             show_default="as long as it takes",
             rich_help_panel=LEARNED_STEPS,
         ),
@@ -398,6 +407,7 @@ def quantize(
             "batch": reconstruct_batch,
             "rate": reconstruct_rate,
             "inputs": reconstruct_inputs,
+            "network_iterations": reconstruct_network,
             "minutes": reconstruct_minutes,
         },
         "activations": {

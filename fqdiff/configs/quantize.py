@@ -128,19 +128,23 @@ class QuantizeConfig:
 class ReconstructConfig:
     """How the rounding of weights is learned, block by block: at most ``iterations`` optimizer steps on ``batch`` inputs each.
 
-    ``rate``: learning rate of Adam. ``inputs``: so many of the calibration set at most, evenly spread. ``minutes``: how long
-    it may take in all, 0 for as long as it takes.
+    ``rate``: learning rate of Adam. ``inputs``: so many of the calibration set at most, evenly spread, are given to a block.
+    ``minutes``: how long it may take in all, 0 for as long as it takes. ``network_iterations``: so many steps on all blocks
+    together that follow.
     """
 
-    iterations: int = 1000
+    iterations: int = 250
     batch: int = 32
     rate: float = 0.1
     inputs: int = 1024
     minutes: float = 0.0
+    network_iterations: int = later(500, before=0)
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch"):
             require(getattr(self, name) >= 1, f"reconstruction's {name} is {getattr(self, name)}", "use 1 or more")
+        together = self.network_iterations
+        require(together >= 0, f"reconstruction's network_iterations is {together}", "use 0 (blocks alone) or more")
         require(self.inputs >= 2, f"reconstruction's inputs is {self.inputs}", "use 2 or more, e.g. 1024")
         require(0 < self.rate <= 1, f"reconstruction's rate is {self.rate}", "use 0.0001 to 1, e.g. 0.01")
         require(

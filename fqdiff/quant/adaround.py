@@ -97,10 +97,14 @@ class LearnedRounding(nn.Module):
         """h(V) [G, n]."""
         return rectified_sigmoid(self.v)
 
-    def forward(self) -> Tensor:
+    def between(self, h: Tensor) -> Tensor:
+        """The values that are ``h`` [G, n] of the way from down to up."""
         down, up, zeros = self.get_buffer("down"), self.get_buffer("up"), self.get_buffer("zero_point")[:, None].float()
-        rows = (down + self.soft() * (up - down) - zeros) * self.get_buffer("scale")[:, None]
+        rows = (down + h * (up - down) - zeros) * self.get_buffer("scale")[:, None]
         return self._whole(rows)
+
+    def forward(self) -> Tensor:
+        return self.between(self.soft())
 
     def stored_codes(self) -> Tensor:
         """The codes that the tensor came with, uint8 in its shape."""
@@ -110,11 +114,15 @@ class LearnedRounding(nn.Module):
         """The codes that ``stream`` holds, uint8 in the shape of the tensor."""
         return unpack(stream, self.start.format.bits, self.start.shape).to(self.v.device)
 
+    def chosen(self, is_up: Tensor) -> Tensor:
+        """Codes, uint8 in the shape of the tensor: up where ``is_up`` [G, n] says so."""
+        rows = torch.where(is_up, self.get_buffer("up"), self.get_buffer("down"))
+        return self._whole(rows.to(torch.uint8))
+
     @torch.no_grad()
     def codes(self) -> Tensor:
-        """The codes chosen, uint8 in the shape of the tensor: up where h is 1/2 or more, that is V >= 0."""
-        rows = torch.where(self.v >= 0, self.get_buffer("up"), self.get_buffer("down"))
-        return self._whole(rows.to(torch.uint8))
+        """The codes chosen: up where h is 1/2 or more, that is V >= 0."""
+        return self.chosen(self.v >= 0)
 
     def values(self, codes: Tensor) -> Tensor:
         """What ``codes`` stand for, float32: to the bit what the file gives back."""

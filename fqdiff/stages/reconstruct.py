@@ -1,15 +1,22 @@
-"""Learn the rounding of a quantized model's weights, block by block, on a calibration set: the file keeps its size."""
+"""Learn the rounding of a quantized model's weights on a calibration set, first block by block, then of all blocks together.
 
+The file keeps its size.
+"""
+
+from collections.abc import Collection
 from dataclasses import replace
 
 from fqdiff.calibration.inputs import CalibrationInputs
 from fqdiff.calibration.reconstruct import reconstruct
+from fqdiff.calibration.reconstruct_network import reconstruct_network
 from fqdiff.calibration.requirements import check_reconstruction
 from fqdiff.calibration.temporal_block import reconstruct_temporal
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Context
 from fqdiff.errors import LineageError
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
+
+BLOCKS_SHARE = 0.5  # of minutes for both; without a limit they take about as long
 
 
 def reconstruct_blocks(
@@ -20,7 +27,7 @@ def reconstruct_blocks(
     seed: int,
     context: Context,
 ) -> QuantizedCheckpoint:
-    """``model`` with every integer weight rounded up or down as its block's output on ``calibration`` asks.
+    """``model`` with every integer weight rounded up or down as outputs on ``calibration`` ask: blocks', then the network's.
 
     Batches are drawn with ``seed``. With ``config.minutes`` the result depends on the machine's speed as well. Raises
     LineageError where the calibration set is missing or of another model than ``checkpoint``, or ``model`` was distilled, its
@@ -28,7 +35,7 @@ def reconstruct_blocks(
     and where no weight is an integer; NumericalError on NaN.
     """
     inputs = checked_inputs(checkpoint, model, calibration)
-    return replace(model, packed=reconstruct(checkpoint, model, inputs, config, seed, context))
+    return learned(checkpoint, model, inputs, config, seed, context)
 
 
 def reconstruct_temporal_first(
@@ -47,7 +54,26 @@ def reconstruct_temporal_first(
     temporal, seconds = reconstruct_temporal(checkpoint, model, config, seed, context)
     begun = replace(model, packed={**model.packed, **temporal})
     left = replace(config, minutes=max(config.minutes - seconds / 60, 1e-3)) if config.minutes else config
-    return replace(begun, packed=reconstruct(checkpoint, begun, inputs, left, seed, context, temporal.keys()))
+    return learned(checkpoint, begun, inputs, left, seed, context, temporal.keys())
+
+
+def learned(
+    checkpoint: Checkpoint,
+    model: QuantizedCheckpoint,
+    inputs: CalibrationInputs,
+    config: ReconstructConfig,
+    seed: int,
+    context: Context,
+    apart: Collection[str] = (),
+) -> QuantizedCheckpoint:
+    """``model`` after its blocks and, where they are asked for, all of them together; ``apart`` stays."""
+    of_blocks = config.minutes * (BLOCKS_SHARE if config.network_iterations else 1)
+    alone = replace(config, minutes=of_blocks)
+    begun = replace(model, packed=reconstruct(checkpoint, model, inputs, alone, seed, context, apart))
+    if not config.network_iterations:
+        return begun
+    left = replace(config, minutes=config.minutes - of_blocks)
+    return replace(begun, packed=reconstruct_network(checkpoint, begun, inputs, left, seed, context, apart))
 
 
 def checked_inputs(

@@ -22,7 +22,7 @@ def work(recipe: Recipe) -> float:
     """How much a recipe asks for, in units that take about as long each within one stage and one model."""
     config = recipe.config
     if recipe.stage in ("reconstruct", "reconstruct-temporal", "activation-steps", "temporal-scales"):
-        return float(config["iterations"])
+        return float(config["iterations"] + config.get("network_iterations", 0))
     if recipe.stage == "sample":
         return float(config["count"] * config["steps"])
     if recipe.stage == "calibrate":

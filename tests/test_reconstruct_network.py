@@ -1,0 +1,232 @@
+"""Network-wise reconstruction: roundings stay whole, what the network puts out comes closer than after blocks, runs resume."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fqdiff.calibration import reconstruct_network as module
+from fqdiff.calibration.inputs import CalibrationInputs
+from fqdiff.calibration.reconstruct_network import full_outputs, output_error, reconstruct_network
+from fqdiff.configs import (
+    CalibrateConfig,
+    PlanConfig,
+    QuantizeConfig,
+    ReconstructConfig,
+    config_data,
+    config_from_data,
+)
+from fqdiff.context import Context, MemoryParts, Part
+from fqdiff.errors import ConfigError, NumericalError
+from fqdiff.quant.adaround import LearnedRounding
+from fqdiff.quant.formats import PerChannel, get_format
+from fqdiff.quant.hard_rounding import MARGIN, HardRounding
+from fqdiff.quant.packed import PackedTensor, pack_tensor, unpack_tensor
+from fqdiff.quant.packing import unpack
+from fqdiff.rng import generator
+from fqdiff.stages.calibrate import calibrate
+from fqdiff.stages.plan import plan
+from fqdiff.stages.quantize import quantize
+from fqdiff.stages.reconstruct import reconstruct_blocks, reconstruct_temporal_first
+from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
+
+FEW = ReconstructConfig(iterations=20, batch=8, inputs=64, network_iterations=60)
+BLOCKS = replace(FEW, network_iterations=0)
+
+
+@pytest.fixture(scope="module")
+def calibration(checkpoint: Checkpoint) -> CalibrationSet:
+    return calibrate(checkpoint, None, None, CalibrateConfig(steps=10, timesteps=10, samples=13), 0, Context())
+
+
+@pytest.fixture(scope="module")
+def nearest(checkpoint: Checkpoint) -> QuantizedCheckpoint:
+    made = plan(checkpoint, None, None, PlanConfig("uniform", low="int3"), 0, Context())
+    return quantize(checkpoint, made, None, QuantizeConfig(), 0, Context())
+
+
+@pytest.fixture(scope="module")
+def blocks(checkpoint: Checkpoint, nearest: QuantizedCheckpoint, calibration: CalibrationSet) -> QuantizedCheckpoint:
+    return reconstruct_blocks(checkpoint, nearest, calibration, BLOCKS, 0, Context())
+
+
+def inputs_of(calibration: CalibrationSet) -> CalibrationInputs:
+    return CalibrationInputs(calibration.x_t.float(), calibration.t)
+
+
+def codes_of(p: PackedTensor) -> Tensor:
+    return unpack(p.parts["codes"], p.format.bits, p.shape).int()
+
+
+def same(one: PackedTensor, other: PackedTensor) -> bool:
+    return all(torch.equal(t.view(torch.uint8), other.parts[k].view(torch.uint8)) for k, t in one.parts.items())
+
+
+# --- rounding --------------------------------------------------------------------------------------------------------
+
+
+def mixed_rounding() -> tuple[Tensor, PackedTensor, HardRounding]:
+    """Weights of which a third is rounded away from the nearest."""
+    tensor = torch.randn(5, 12, generator=generator(0, "test network"))
+    packed = pack_tensor(tensor, get_format("int4"), PerChannel(0))
+    choices = LearnedRounding("w", tensor, packed)
+    is_up = (choices.soft() >= 0.5) ^ (torch.arange(60).view(5, 12) % 3 == 0)
+    given = choices.packed(choices.chosen(is_up))
+    return tensor, given, HardRounding("w", tensor, given)
+
+
+def test_a_rounding_begins_as_it_is_stored_and_passes_gradients_as_if_it_lay_between() -> None:
+    tensor, given, rounding = mixed_rounding()
+    assert torch.equal(rounding(), unpack_tensor(given))
+    assert same(rounding.packed(), given)
+    fraction = tensor / rounding.choices.get_buffer("scale")[:, None]
+    fraction = fraction - fraction.floor()
+    up, down = rounding.choices.get_buffer("up"), rounding.choices.get_buffer("down")
+    away, free = torch.arange(60).view(5, 12) % 3 == 0, up != down
+    assert min((away & free).sum(), (~away & free).sum()) > 15
+    torch.testing.assert_close(rounding.h[~away & free], fraction[~away & free], atol=1e-5, rtol=0)
+    margins = (rounding.h[away & free] - 0.5).abs()
+    torch.testing.assert_close(margins, torch.full_like(margins, MARGIN))
+    slope = torch.randn(5, 12, generator=generator(1, "test network"))
+    (rounding() * slope).sum().backward()
+    torch.testing.assert_close(rounding.h.grad, slope * (up - down) * rounding.choices.get_buffer("scale")[:, None])
+    assert [name for name, p in rounding.named_parameters() if p.requires_grad] == ["h"]
+
+
+def test_a_rounding_is_down_or_up_wherever_it_is_moved() -> None:
+    _, given, rounding = mixed_rounding()
+    with torch.no_grad():
+        rounding.h.add_(torch.randn(5, 12, generator=generator(2, "test network")) * 3)
+    rounding.keep_within()
+    assert rounding.h.min() == 0
+    assert rounding.h.max() == 1
+    codes = codes_of(rounding.packed())
+    up, down = rounding.choices.get_buffer("up"), rounding.choices.get_buffer("down")
+    assert ((codes == up) | (codes == down)).all()
+    assert torch.equal(rounding(), unpack_tensor(rounding.packed()))
+    assert not torch.equal(codes, codes_of(given))
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def test_the_network_comes_closer_on_other_inputs_and_codes_stay_down_or_up(
+    checkpoint: Checkpoint, nearest: QuantizedCheckpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet
+) -> None:
+    made = reconstruct_blocks(checkpoint, nearest, calibration, FEW, 0, Context())
+    other = calibrate(checkpoint, None, None, CalibrateConfig(steps=10, timesteps=10, samples=4), 1, Context())
+    full = checkpoint.network()
+    targets = full_outputs(full, inputs_of(other), Context())
+
+    def error(model: QuantizedCheckpoint) -> float:
+        values = {name: unpack_tensor(p) for name, p in model.packed.items()}
+        return output_error(full, values, targets, torch.arange(len(other.t)))
+
+    with torch.no_grad():
+        found, wanted = blocks.network()(other.x_t, other.t), full(other.x_t, other.t)
+    assert error(blocks) == pytest.approx(float((found - wanted).square().mean()), rel=1e-4)
+    assert error(made) < 0.8 * error(blocks)
+    changed = 0
+    for name, p in nearest.packed.items():
+        if p.format.is_integer:
+            changed += int((codes_of(made.packed[name]) != codes_of(blocks.packed[name])).sum())
+            assert (codes_of(made.packed[name]) - codes_of(p)).abs().max() <= 1
+        else:
+            assert same(p, made.packed[name])
+    assert changed > 100
+    assert made.described == nearest.described
+
+
+def test_none_is_the_blocks_alone(
+    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet
+) -> None:
+    """With no rounding left to learn, too. 0 steps are in no recipe, so that older artifacts keep their ids."""
+    kept = reconstruct_network(
+        checkpoint, blocks, inputs_of(calibration), FEW, 0, Context(), blocks.packed.keys() - {"head.conv.bias"}
+    )
+    assert all(same(p, kept[name]) for name, p in blocks.packed.items())
+    assert "network_iterations" not in config_data(BLOCKS)
+    assert config_data(FEW)["network_iterations"] == 60
+    assert config_from_data(ReconstructConfig, config_data(BLOCKS)) == BLOCKS
+    assert config_data(ReconstructConfig())["network_iterations"] == ReconstructConfig.network_iterations > 0
+
+
+def test_what_is_apart_stays(checkpoint: Checkpoint, nearest: QuantizedCheckpoint, calibration: CalibrationSet) -> None:
+    """The temporal block, learned before all others."""
+    alone = reconstruct_temporal_first(checkpoint, nearest, calibration, BLOCKS, 0, Context())
+    made = reconstruct_temporal_first(checkpoint, nearest, calibration, FEW, 0, Context())
+    moved = {name for name, p in alone.packed.items() if not same(p, made.packed[name])}
+    assert moved
+    assert not any(name.startswith("stem.time") or "embedding" in name for name in moved)
+
+
+def test_a_stopped_run_ends_alike_and_the_seed_matters(
+    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_of(calibration)
+    whole = reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context())
+    parts, measured = MemoryParts(), []
+    measure = module.output_error
+
+    def stopping(*arguments: Any) -> float:
+        measured.append(1)
+        if len(measured) == 9:  # after the error of the start and seven checks
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "output_error", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts))
+    assert parts.saved[module.NAME].data["step"] == 21
+    steps = []
+    learn = module.learn_step
+    monkeypatch.setattr(module, "learn_step", lambda *a: (steps.append(1), learn(*a))[1])
+    again = reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts))
+    assert len(steps) == 60 - 21
+    assert all(same(p, whole[name]) for name, p in again.items())
+    other = reconstruct_network(checkpoint, blocks, inputs, FEW, 1, Context())
+    assert not all(same(p, whole[name]) for name, p in other.items())
+    part = parts.saved[module.NAME]
+    h = next(k for k in part.tensors if k.startswith("h/"))
+    for broken in (
+        Part({}, part.data),
+        Part(part.tensors, {}),
+        Part({**part.tensors, h: part.tensors[h][1:]}, part.data),
+    ):
+        parts.save(module.NAME, broken)
+        with pytest.raises(ConfigError, match="another recipe"):
+            reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts))
+
+
+def test_minutes_shorten_the_schedule_and_complete_it(
+    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    rates: list[float] = []
+    put: Callable[..., None] = module.set_rate
+    monkeypatch.setattr(module, "set_rate", lambda o, rate: (rates.append(rate), put(o, rate))[1])
+    config = replace(FEW, network_iterations=5000, minutes=0.5)
+    reconstruct_network(checkpoint, blocks, inputs_of(calibration), config, 0, Context())
+    assert 20 <= len(rates) <= 31
+    assert rates[0] == module.RATE
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.02 * module.RATE
+
+
+def test_nan_is_refused_and_an_exact_network_is_left(
+    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet
+) -> None:
+    inputs = inputs_of(calibration)
+    broken = replace(inputs, x_t=inputs.x_t * math.nan)
+    with pytest.raises(NumericalError, match="NaN"):
+        reconstruct_network(checkpoint, blocks, broken, FEW, 0, Context())
+    values = {name: unpack_tensor(p) for name, p in blocks.packed.items()}
+    rounded = replace(checkpoint, tensors=values)
+    exact = reconstruct_network(rounded, blocks, inputs, FEW, 0, Context())
+    assert all(same(p, exact[name]) for name, p in blocks.packed.items())
