@@ -9,6 +9,7 @@ import pytest
 
 from fqdiff.configs import CalibrateConfig, ClassifierConfig
 from fqdiff.report.words import interval
+from fqdiff.store.store import Store
 from fqdiff.values import Comparison, Curve, Point
 from tests.test_cli import good
 from tests.test_comparison import comparison, real, sets  # noqa: F401 - fixtures
@@ -122,6 +123,14 @@ def test_the_budget_benchmark_pairs_its_models_and_its_ladder_fits(
     rows = json.loads(kept.read_text())["rows"]
     assert len(rows[1]["noise_draws"]) == module.RESAMPLES
     assert len(rows[1]["errors"]) == 8
+    other = tmp_path / "other noise.json"
+    again = ("--budgets", "6", "--strategies", "fisher", "--output", str(other), "--seed", "7")
+    monkeypatch.setattr("sys.argv", ["budget.py", "tiny", *options, *again])
+    module.main()
+    seventh = json.loads(other.read_text())["rows"][1]
+    assert seventh["model"] == rows[1]["model"]
+    assert seventh["errors"] != rows[1]["errors"]
+    monkeypatch.setattr("sys.argv", ["budget.py", "tiny", *options, *plans])
     before = kept.read_bytes()
     monkeypatch.setattr(module.Judge, "row", None)
     module.main()
@@ -149,3 +158,50 @@ def test_a_ratio_of_noise_errors_is_paired(
     ratio, low, high = (float(part.strip("[],")) for part in rows[1][2].split())
     assert ratio == pytest.approx(means[1] / means[0], abs=1e-3)
     assert 0 <= low <= ratio <= high < 0.2
+
+
+def test_schedules_of_reconstruction_are_held_against_the_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script on a tiny model. Rejects steps of all together that are lost, and a reference of fewer steps."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as where a script runs
+    module, store = load(ROOT / "benchmarks" / "reconstruction.py"), tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20", "--name", "tiny")
+    few = CalibrateConfig(steps=4, timesteps=4, samples=8)
+    monkeypatch.setattr(module, "CalibrateConfig", lambda: few)
+    monkeypatch.setattr(module, "INPUTS", 4)
+    options = ("--store", str(store), "--low", "int3", "--schedules", "2,3,2+4", "--seeds", "0,1")
+    monkeypatch.setattr("sys.argv", ["reconstruction.py", "tiny", *options])
+    module.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[:3] for row in rows] == [
+        ["0", "0", "0"], ["2", "0", "0"], ["3", "0", "0"], ["2", "4", "0"], ["2", "0", "1"], ["3", "0", "1"], ["2", "4", "1"],
+    ]  # fmt: skip
+    assert [row[4] for row in rows].count("1.000 [1.000, 1.000]") == 1
+    assert rows[2][4] == "1.000 [1.000, 1.000]"
+    assert len({row[-1] for row in rows}) == 7
+    configs = [Store(store).resolve(row[-1], ("quantized",)).recipe.config for row in rows]
+    assert [config.get("network_iterations") for config in configs] == [None, None, None, 4, None, None, 4]
+
+
+def test_what_step_noise_absorbs_is_paired_with_the_model_as_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script on a tiny model. Rejects a variance that is absorbed where nothing is drawn, and one that never is."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as where a script runs
+    module, store = load(ROOT / "benchmarks" / "step_noise.py"), tmp_path / "store"
+    good(store, "train", "--preset", "tiny", "--dataset", "mnist5k", "--steps", "20", "--name", "tiny")
+    few, small = CalibrateConfig(steps=20, samples=4), ClassifierConfig(epochs=1)
+    monkeypatch.setattr(module, "CalibrateConfig", lambda: few)
+    monkeypatch.setattr(module, "ClassifierConfig", lambda: small)
+    monkeypatch.setattr(module, "fid", lambda *given: SimpleNamespace(fid=2.0, difference=1.0, interval=(0.5, 1.5)))
+    options = ("--store", str(store), "--weights", "int3", "--images", "6", "--steps", "4")
+    monkeypatch.setattr("sys.argv", ["step_noise.py", "tiny", *options])
+    module.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == ["0"] * 3 + ["1"] * 3
+    assert [row[2] for row in rows[:3]] == ["nothing", "slope and bias", "slope, bias and variance"]
+    errors = [row[3] for row in rows]
+    assert errors[1] == errors[2] != errors[0]
+    assert errors[4] != errors[5]
+    assert [row[4] == "" for row in rows] == [True, False, False] * 2

@@ -83,7 +83,7 @@ def reconstruct_network(
     ``apart``: parameters whose rounding stays. All ``inputs`` are used, where MEMORY holds them. With ``config.minutes`` the
     schedule is shortened to fit. A stopped run goes on. Raises NumericalError where outputs are no numbers.
     """
-    device, total = context.device, config.network_iterations
+    device, total, called = context.device, config.network_iterations, time.monotonic()
     state = begin(checkpoint, model, apart, device)
     if not state.roundings:
         return dict(model.packed)
@@ -102,8 +102,8 @@ def reconstruct_network(
     if saved is not None:
         restore(state, saved)
     learn = Repeated(partial(learn_step, full, state, fixed, start), device)
-    deadline = 60 * config.minutes - state.seconds if config.minutes else math.inf
     before, started = state.seconds, time.monotonic()
+    deadline = called + 60 * config.minutes - before if config.minutes else math.inf
     every = math.ceil(total / CHECKS)
     with context.progress(total, "all blocks together", "step") as bar:
         bar.update(state.step)
@@ -114,14 +114,14 @@ def reconstruct_network(
             learn(*targets.rows(trained[torch.randint(len(trained), (config.batch,), generator=draw)]))
             state.step += 1
             bar.update()
-            progress = share_done(state.step, total, started, started + deadline)
+            progress = share_done(state.step, total, started, deadline)
             if state.step % every and progress < 1:
                 continue
             values = {name: r().detach() for name, r in state.roundings.items()}
             error = output_error(full, {**fixed, **values}, targets, held_out) / start
             if error < state.lowest:
                 state.best, state.lowest = {name: r.packed() for name, r in state.roundings.items()}, error
-            state.seconds = before + time.monotonic() - started
+            state.seconds = before + time.monotonic() - called
             context.parts.save(NAME, snapshot(state))
             bar.show(f"error x {state.lowest:.3f}")
     return {**model.packed, **state.best}
