@@ -50,7 +50,7 @@ def main() -> None:
     made: dict[str, tuple[int, int, int, Manifest]] = {"none": (0, 0, 0, start)}
     for seed in (int(n) for n in options.seeds.split(",")):
         for schedule in options.schedules.split(","):
-            blocks, together = (int(n) for n in f"{schedule}+0".split("+")[:2])
+            blocks, together = (int(n) for n in (schedule if "+" in schedule else f"{schedule}+0").split("+"))
             config = ReconstructConfig(iterations=blocks, network_iterations=together)
             made[f"{schedule}, seed {seed}"] = (
                 blocks,
@@ -70,7 +70,7 @@ def main() -> None:
     for name, error, ratio in lines:
         blocks, together, seed, manifest = made[name]
         minutes = f"{manifest.seconds / 60:.1f}"
-        print(f"| {blocks} | {together} | {seed} | {error} | {ratio} | {minutes} | {manifest.id} |")
+        print(f"| {blocks or 'none'} | {together or 'none'} | {seed} | {error} | {ratio} | {minutes} | {manifest.id} |")
 
 
 if __name__ == "__main__":

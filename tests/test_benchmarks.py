@@ -174,9 +174,9 @@ def test_schedules_of_reconstruction_are_held_against_the_longest(
     monkeypatch.setattr("sys.argv", ["reconstruction.py", "tiny", *options])
     module.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert [row[:3] for row in rows] == [
-        ["0", "0", "0"], ["2", "0", "0"], ["3", "0", "0"], ["2", "4", "0"], ["2", "0", "1"], ["3", "0", "1"], ["2", "4", "1"],
-    ]  # fmt: skip
+    lengths = [["2", "none"], ["3", "none"], ["2", "4"]]
+    seeded = [[*length, seed] for seed in "01" for length in lengths]
+    assert [row[:3] for row in rows] == [["none", "none", "0"], *seeded]
     assert [row[4] for row in rows].count("1.000 [1.000, 1.000]") == 1
     assert rows[2][4] == "1.000 [1.000, 1.000]"
     assert len({row[-1] for row in rows}) == 7

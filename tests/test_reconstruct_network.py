@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from fqdiff.calibration import reconstruct_network as module
 from fqdiff.calibration.inputs import CalibrationInputs
-from fqdiff.calibration.reconstruct_network import full_outputs, output_error, reconstruct_network
+from fqdiff.calibration.reconstruct import reconstruct, spread
+from fqdiff.calibration.reconstruct_network import (
+    begin,
+    full_outputs,
+    output_error,
+    reconstruct_network,
+    restore,
+    snapshot,
+)
 from fqdiff.configs import (
     CalibrateConfig,
     PlanConfig,
@@ -22,12 +31,14 @@ from fqdiff.configs import (
 )
 from fqdiff.context import Context, MemoryParts, Part
 from fqdiff.errors import ConfigError, NumericalError
-from fqdiff.quant.adaround import LearnedRounding
+from fqdiff.models.registry import temporal_block
+from fqdiff.quant.adaround import LearnedRounding, can_learn_rounding
 from fqdiff.quant.formats import PerChannel, get_format
 from fqdiff.quant.hard_rounding import MARGIN, HardRounding
 from fqdiff.quant.packed import PackedTensor, pack_tensor, unpack_tensor
 from fqdiff.quant.packing import unpack
 from fqdiff.rng import generator
+from fqdiff.stages import reconstruct as stage
 from fqdiff.stages.calibrate import calibrate
 from fqdiff.stages.plan import plan
 from fqdiff.stages.quantize import quantize
@@ -36,6 +47,7 @@ from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 
 FEW = ReconstructConfig(iterations=20, batch=8, inputs=64, network_iterations=60)
 BLOCKS = replace(FEW, network_iterations=0)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +68,10 @@ def blocks(checkpoint: Checkpoint, nearest: QuantizedCheckpoint, calibration: Ca
 
 def inputs_of(calibration: CalibrationSet) -> CalibrationInputs:
     return CalibrationInputs(calibration.x_t.float(), calibration.t)
+
+
+def learnable_of(model: QuantizedCheckpoint) -> dict[str, PackedTensor]:
+    return {name: p for name, p in model.packed.items() if can_learn_rounding(p.format, p.granularity)}
 
 
 def codes_of(p: PackedTensor) -> Tensor:
@@ -142,12 +158,14 @@ def test_the_network_comes_closer_on_other_inputs_and_codes_stay_down_or_up(
 
 
 def test_none_is_the_blocks_alone(
-    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet
+    checkpoint: Checkpoint, nearest: QuantizedCheckpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet
 ) -> None:
-    """With no rounding left to learn, too. 0 steps are in no recipe, so that older artifacts keep their ids."""
-    kept = reconstruct_network(
-        checkpoint, blocks, inputs_of(calibration), FEW, 0, Context(), blocks.packed.keys() - {"head.conv.bias"}
-    )
+    """0 steps are in no recipe, so that older artifacts keep their ids; and with no rounding to learn nothing changes."""
+    inputs = inputs_of(calibration)
+    alone, seconds = reconstruct(checkpoint, nearest, inputs, BLOCKS, 0, Context())
+    assert seconds > 0
+    assert all(same(p, blocks.packed[name]) for name, p in alone.items())
+    kept = reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(), blocks.packed.keys())
     assert all(same(p, kept[name]) for name, p in blocks.packed.items())
     assert "network_iterations" not in config_data(BLOCKS)
     assert config_data(FEW)["network_iterations"] == 60
@@ -156,77 +174,148 @@ def test_none_is_the_blocks_alone(
 
 
 def test_what_is_apart_stays(checkpoint: Checkpoint, nearest: QuantizedCheckpoint, calibration: CalibrationSet) -> None:
-    """The temporal block, learned before all others."""
+    """The temporal block, learned before all others. Rejects one whose projections are learned again with the rest."""
     alone = reconstruct_temporal_first(checkpoint, nearest, calibration, BLOCKS, 0, Context())
     made = reconstruct_temporal_first(checkpoint, nearest, calibration, FEW, 0, Context())
     moved = {name for name, p in alone.packed.items() if not same(p, made.packed[name])}
+    temporal = set(temporal_block(checkpoint.network())[1].values())
+    assert len(temporal) > 10
     assert moved
-    assert not any(name.startswith("stem.time") or "embedding" in name for name in moved)
+    assert not moved & temporal
+    free = reconstruct_blocks(checkpoint, nearest, calibration, FEW, 0, Context())
+    held = reconstruct_blocks(checkpoint, nearest, calibration, BLOCKS, 0, Context())
+    assert temporal & {name for name, p in held.packed.items() if not same(p, free.packed[name])}
+
+
+class Stopping:
+    """A stop that is asked for after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> AbstractContextManager[Callable[[], bool]]:
+        return nullcontext(self.asked)
+
+    def asked(self) -> bool:
+        self.left -= 1
+        return self.left == 0
 
 
 def test_a_stopped_run_ends_alike_and_the_seed_matters(
     checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rejects moments, codes or the lowest error that are lost between two processes."""
     inputs = inputs_of(calibration)
     whole = reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context())
-    parts, measured = MemoryParts(), []
-    measure = module.output_error
-
-    def stopping(*arguments: Any) -> float:
-        measured.append(1)
-        if len(measured) == 9:  # after the error of the start and seven checks
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "output_error", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts))
-    assert parts.saved[module.NAME].data["step"] == 21
+    parts = MemoryParts()
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts, soft_stop=Stopping(23)))
+    part = parts.saved[module.NAME]
+    assert part.data["step"] == 23
+    state = begin(checkpoint, learnable_of(blocks), CPU)
+    restore(state, part)
+    assert state.lowest == part.data["lowest"] < 1
+    assert all(torch.equal(p.parts["codes"], part.tensors[f"best/{name}"]) for name, p in state.best.items())
     steps = []
     learn = module.learn_step
     monkeypatch.setattr(module, "learn_step", lambda *a: (steps.append(1), learn(*a))[1])
     again = reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts))
-    assert len(steps) == 60 - 21
+    assert len(steps) == 60 - 23
     assert all(same(p, whole[name]) for name, p in again.items())
     other = reconstruct_network(checkpoint, blocks, inputs, FEW, 1, Context())
     assert not all(same(p, whole[name]) for name, p in other.items())
-    part = parts.saved[module.NAME]
-    h = next(k for k in part.tensors if k.startswith("h/"))
-    for broken in (
-        Part({}, part.data),
-        Part(part.tensors, {}),
-        Part({**part.tensors, h: part.tensors[h][1:]}, part.data),
-    ):
-        parts.save(module.NAME, broken)
-        with pytest.raises(ConfigError, match="another recipe"):
-            reconstruct_network(checkpoint, blocks, inputs, FEW, 0, Context(parts=parts))
 
 
-def test_minutes_shorten_the_schedule_and_complete_it(
-    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("broken", ["nothing", "no numbers", "h", "best", "exp_avg", "no moments", "nan"])
+def test_a_part_of_another_recipe_is_refused(checkpoint: Checkpoint, blocks: QuantizedCheckpoint, broken: str) -> None:
+    state = begin(checkpoint, learnable_of(blocks), CPU)
+    sum(r().square().sum() for r in state.roundings.values()).backward()  # type: ignore[union-attr]
+    state.optimizer.step()
+    part = snapshot(state)
+    restore(begin(checkpoint, learnable_of(blocks), CPU), part)
+    name = next(iter(state.roundings))
+    tensors = dict(part.tensors)
+    if broken in ("h", "best", "exp_avg"):
+        tensors[f"{broken}/{name}"] = tensors[f"{broken}/{name}"][1:]
+    elif broken == "no moments":
+        tensors = {key: t for key, t in tensors.items() if key.startswith(("h/", "best/"))}
+    elif broken == "nan":
+        tensors[f"h/{name}"] = tensors[f"h/{name}"] * math.nan
+    elif broken == "nothing":
+        tensors = {}
+    data = {} if broken == "no numbers" else part.data
+    with pytest.raises(ConfigError, match="another recipe"):
+        restore(begin(checkpoint, learnable_of(blocks), CPU), Part(tensors, data))
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, rates: list[float]) -> None:
+    """A clock that a look moves on by a second, and the rates of steps in ``rates``."""
     clock = iter(range(10_000))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
-    rates: list[float] = []
     put: Callable[..., None] = module.set_rate
     monkeypatch.setattr(module, "set_rate", lambda o, rate: (rates.append(rate), put(o, rate))[1])
-    config = replace(FEW, network_iterations=5000, minutes=0.5)
-    reconstruct_network(checkpoint, blocks, inputs_of(calibration), config, 0, Context())
-    assert 20 <= len(rates) <= 31
-    assert rates[0] == module.RATE
+
+
+def test_minutes_shorten_the_schedule_and_complete_it_after_a_stop_too(
+    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejects a clock that begins anew, by which rates would rise again; and errors that are measured by steps alone."""
+    rates: list[float] = []
+    clocked(monkeypatch, rates)
+    config, parts, inputs = replace(FEW, network_iterations=5000, minutes=1.5), MemoryParts(), inputs_of(calibration)
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct_network(checkpoint, blocks, inputs, config, 0, Context(parts=parts, soft_stop=Stopping(30)))
+    assert len(rates) == 30
+    measured = []
+    measure = module.output_error
+    monkeypatch.setattr(module, "output_error", lambda *a: (measured.append(1), measure(*a))[1])
+    reconstruct_network(checkpoint, blocks, inputs, config, 0, Context(parts=parts))
+    assert 50 <= len(rates) <= 90
+    assert module.RATE >= rates[0] > 0.99 * module.RATE
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < 0.02 * module.RATE
+    assert len(measured) > 10
+
+
+def test_blocks_leave_the_rest_of_the_minutes_to_all_of_them_together(
+    checkpoint: Checkpoint, nearest: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejects halves that are fixed. The temporal block's seconds are blocks'."""
+    given = []
+
+    def noting(c: Any, model: QuantizedCheckpoint, i: Any, config: ReconstructConfig, *rest: Any) -> Any:
+        given.append(config.minutes)
+        return dict(model.packed)
+
+    monkeypatch.setattr(stage, "reconstruct", lambda *a: given.append(a[3].minutes) or (a[1].packed, 90.0))
+    monkeypatch.setattr(stage, "reconstruct_network", noting)
+    monkeypatch.setattr(stage, "reconstruct_temporal", lambda *a: given.append(a[2].minutes) or ({}, 60.0))
+    config = replace(FEW, minutes=10.0)
+    reconstruct_blocks(checkpoint, nearest, calibration, config, 0, Context())
+    assert given == [5.0, 8.5]
+    given.clear()
+    reconstruct_temporal_first(checkpoint, nearest, calibration, config, 0, Context())
+    assert given == [5.0, 4.0, 7.5]
+    given.clear()
+    reconstruct_blocks(checkpoint, nearest, calibration, replace(config, network_iterations=0), 0, Context())
+    assert given == [10.0]
+    given.clear()
+    reconstruct_blocks(checkpoint, nearest, calibration, FEW, 0, Context())
+    assert given == [0.0, 0.0]
 
 
 def test_nan_is_refused_and_an_exact_network_is_left(
-    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet
+    checkpoint: Checkpoint, blocks: QuantizedCheckpoint, calibration: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = inputs_of(calibration)
-    broken = replace(inputs, x_t=inputs.x_t * math.nan)
-    with pytest.raises(NumericalError, match="NaN"):
-        reconstruct_network(checkpoint, blocks, broken, FEW, 0, Context())
-    values = {name: unpack_tensor(p) for name, p in blocks.packed.items()}
-    rounded = replace(checkpoint, tensors=values)
+    x_t = inputs.x_t.clone()
+    x_t[1] = math.nan  # the second is trained on, and no error is measured on it
+    for broken in (replace(inputs, x_t=inputs.x_t * math.nan), replace(inputs, x_t=x_t)):
+        with pytest.raises(NumericalError, match="NaN"):
+            reconstruct_network(checkpoint, blocks, broken, replace(FEW, batch=64), 0, Context())
+    with pytest.raises(ConfigError, match="one calibration input is too few"):
+        reconstruct_network(checkpoint, blocks, spread(inputs, 1), FEW, 0, Context())
+    rounded = replace(checkpoint, tensors={name: unpack_tensor(p) for name, p in blocks.packed.items()})
+    monkeypatch.setattr(module, "learn_step", lambda *a: pytest.fail("a step of what is exact"))
     exact = reconstruct_network(rounded, blocks, inputs, FEW, 0, Context())
     assert all(same(p, exact[name]) for name, p in blocks.packed.items())

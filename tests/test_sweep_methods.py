@@ -341,7 +341,7 @@ def test_work_counts_what_stages_repeat() -> None:
 
     assert units("calibrate", samples=3, steps=5) == 15
     assert units("reconstruct-temporal", iterations=7) == units("activation-steps", iterations=7) == 7
-    assert units("reconstruct", iterations=7, network_iterations=4) == 11
+    assert units("reconstruct", iterations=7, network_iterations=4) == 9
     assert units("quantize-reparameterized", distill=4) == 5
     assert units("noise-correction", intervals=9) == 1
 

@@ -72,8 +72,10 @@ def reconstruct(
     seed: int,
     context: Context,
     apart: Collection[str] = (),
-) -> dict[str, PackedTensor]:
-    """The packed tensors of ``model`` with the rounding of its integers learned; all else as it is. A stopped run goes on.
+) -> tuple[dict[str, PackedTensor], float]:
+    """The packed tensors of ``model`` with the rounding of its integers learned, all else as it is, and the seconds it took.
+
+    A stopped run goes on, and counts what it took before.
 
     ``apart``: parameters whose rounding stays, since it was learned before. Blocks that come when ``config.minutes`` are over
     keep their rounding too: a block's inputs alone take seconds.
@@ -123,7 +125,7 @@ def reconstruct(
             for name, r in own.items():
                 packed[f"{block}.{name}"] = r.packed(codes[name])
                 network.get_parameter(f"{block}.{name}").copy_(r.values(codes[name]))
-    return packed
+    return packed, spent
 
 
 def _tell(bar: Bar, block: str, steps: int, text: str) -> None:

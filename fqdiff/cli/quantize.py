@@ -115,7 +115,7 @@ def quantize(
         bool | None,
         typer.Option(
             "--reconstruct/--no-reconstruct",
-            help="Learn which way each weight is rounded, block by block, on a calibration set.",
+            help="Learn which way each weight is rounded, block by block, then all together, on a calibration set.",
             show_default="no-reconstruct",
             rich_help_panel=RECONSTRUCTION,
         ),
@@ -158,7 +158,9 @@ def quantize(
     ] = None,
     reconstruct_rate: Annotated[
         float | None,
-        typer.Option(help="Learning rate.", show_default=f"{ReconstructConfig.rate}", rich_help_panel=RECONSTRUCTION),
+        typer.Option(
+            help="Learning rate of blocks.", show_default=f"{ReconstructConfig.rate}", rich_help_panel=RECONSTRUCTION
+        ),
     ] = None,
     reconstruct_inputs: Annotated[
         int | None,
@@ -342,7 +344,7 @@ def quantize(
     steps_minutes: Annotated[
         float | None,
         typer.Option(
-            help="Time for all of it; schedules are shortened to fit.",
+            help="Time for all blocks; the schedule is shortened to fit.",
             show_default="as long as it takes",
             rich_help_panel=LEARNED_STEPS,
         ),

@@ -16,7 +16,8 @@ from fqdiff.context import Context
 from fqdiff.errors import LineageError
 from fqdiff.values import CalibrationSet, Checkpoint, QuantizedCheckpoint
 
-BLOCKS_SHARE = 0.5  # of minutes for both; without a limit they take about as long
+BLOCKS_SHARE = 0.5  # of minutes for both; what blocks leave is for all of them together
+LEAST_MINUTES = 1e-3  # 0 would be no limit
 
 
 def reconstruct_blocks(
@@ -35,7 +36,7 @@ def reconstruct_blocks(
     and where no weight is an integer; NumericalError on NaN.
     """
     inputs = checked_inputs(checkpoint, model, calibration)
-    return learned(checkpoint, model, inputs, config, seed, context)
+    return learn_rounding(checkpoint, model, inputs, config, seed, context)
 
 
 def reconstruct_temporal_first(
@@ -51,13 +52,17 @@ def reconstruct_temporal_first(
     Raises ConfigError also where there are none.
     """
     inputs = checked_inputs(checkpoint, model, calibration)
-    temporal, seconds = reconstruct_temporal(checkpoint, model, config, seed, context)
+    temporal, seconds = reconstruct_temporal(checkpoint, model, for_blocks(config), seed, context)
     begun = replace(model, packed={**model.packed, **temporal})
-    left = replace(config, minutes=max(config.minutes - seconds / 60, 1e-3)) if config.minutes else config
-    return learned(checkpoint, begun, inputs, left, seed, context, temporal.keys())
+    return learn_rounding(checkpoint, begun, inputs, config, seed, context, temporal.keys(), seconds)
 
 
-def learned(
+def for_blocks(config: ReconstructConfig) -> ReconstructConfig:
+    """``config`` with the minutes that blocks may take: half of them where all blocks together follow."""
+    return replace(config, minutes=config.minutes * (BLOCKS_SHARE if config.network_iterations else 1))
+
+
+def learn_rounding(
     checkpoint: Checkpoint,
     model: QuantizedCheckpoint,
     inputs: CalibrationInputs,
@@ -65,15 +70,19 @@ def learned(
     seed: int,
     context: Context,
     apart: Collection[str] = (),
+    spent: float = 0.0,
 ) -> QuantizedCheckpoint:
-    """``model`` after its blocks and, where they are asked for, all of them together; ``apart`` stays."""
-    of_blocks = config.minutes * (BLOCKS_SHARE if config.network_iterations else 1)
-    alone = replace(config, minutes=of_blocks)
-    begun = replace(model, packed=reconstruct(checkpoint, model, inputs, alone, seed, context, apart))
+    """``model`` after its blocks and, where they are asked for, all of them together; ``apart`` stays, in ``spent`` seconds."""
+
+    def left(config: ReconstructConfig) -> ReconstructConfig:
+        return replace(config, minutes=max(config.minutes - spent / 60, LEAST_MINUTES) if config.minutes else 0.0)
+
+    packed, seconds = reconstruct(checkpoint, model, inputs, left(for_blocks(config)), seed, context, apart)
+    begun = replace(model, packed=packed)
     if not config.network_iterations:
         return begun
-    left = replace(config, minutes=config.minutes - of_blocks)
-    return replace(begun, packed=reconstruct_network(checkpoint, begun, inputs, left, seed, context, apart))
+    spent += seconds
+    return replace(begun, packed=reconstruct_network(checkpoint, begun, inputs, left(config), seed, context, apart))
 
 
 def checked_inputs(

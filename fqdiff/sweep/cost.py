@@ -22,7 +22,8 @@ def work(recipe: Recipe) -> float:
     """How much a recipe asks for, in units that take about as long each within one stage and one model."""
     config = recipe.config
     if recipe.stage in ("reconstruct", "reconstruct-temporal", "activation-steps", "temporal-scales"):
-        return float(config["iterations"] + config.get("network_iterations", 0))
+        together = config.get("network_iterations", 0)  # a step of these takes about half of one of every block
+        return float(config["iterations"] + together / 2)
     if recipe.stage == "sample":
         return float(config["count"] * config["steps"])
     if recipe.stage == "calibrate":
