@@ -21,6 +21,7 @@ from fqdiff.calibration.reconstruct_network import (
     restore,
     snapshot,
 )
+from fqdiff.calibration.repeated import set_rate
 from fqdiff.configs import (
     CalibrateConfig,
     PlanConfig,
@@ -125,6 +126,16 @@ def test_a_rounding_is_down_or_up_wherever_it_is_moved() -> None:
     assert ((codes == up) | (codes == down)).all()
     assert torch.equal(rounding(), unpack_tensor(rounding.packed()))
     assert not torch.equal(codes, codes_of(given))
+
+
+def test_a_rate_is_put_where_a_graph_reads_it() -> None:
+    """Rejects a tensor that is replaced: what was captured would go on by the first rate."""
+    rate = torch.tensor(1.0)
+    captured, plain = {"lr": rate}, {"lr": 1.0}
+    for group in (captured, plain):
+        set_rate(group, 0.25)
+    assert captured["lr"] is rate
+    assert rate.item() == plain["lr"] == 0.25
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -253,7 +264,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, rates: list[float]) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
     put: Callable[..., None] = module.set_rate
-    monkeypatch.setattr(module, "set_rate", lambda o, rate: (rates.append(rate), put(o, rate))[1])
+    monkeypatch.setattr(module, "set_rate", lambda group, rate: (rates.append(rate), put(group, rate))[1])
 
 
 def test_minutes_shorten_the_schedule_and_complete_it_after_a_stop_too(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fqdiff.calibration.repeated import Repeated
+from fqdiff.calibration.repeated import Repeated, set_rate
 from fqdiff.configs import QuantizeConfig
 from fqdiff.context import Context, Part
 from fqdiff.diffusion.samplers import PredictNoise, ddim_update
@@ -229,10 +229,7 @@ def distill_step(
     signal, noise = signal_and_noise_scale(schedule, t, x)
     for group in state.optimizer.param_groups:
         rate = group["first"] * 0.5 * (1 + math.cos(math.pi * len(state.losses) / config.distill))
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
+        set_rate(group, rate)
     inputs = (t.to(device), pool.eps[chosen].to(device), pool.abar[chosen, None, None, None].to(device), signal, noise)
     loss = learn(x, *inputs).item()
     if not math.isfinite(loss):

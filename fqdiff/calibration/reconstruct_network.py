@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from fqdiff.calibration.inputs import CHUNK, CalibrationInputs
 from fqdiff.calibration.reconstruct import CHECKS, HELD_OUT, MEMORY, share_done, spread
-from fqdiff.calibration.repeated import Repeated
+from fqdiff.calibration.repeated import Repeated, set_rate
 from fqdiff.calibration.requirements import check_enough
 from fqdiff.configs import ReconstructConfig
 from fqdiff.context import Context, Part
@@ -111,7 +111,7 @@ def reconstruct_network(
         exact = start <= EXACT * float(targets.output.square().mean())
         progress = 1.0 if exact else share_done(state.step, total, began, deadline)
         while progress < 1:
-            set_rate(state.optimizer, RATE * (1 + math.cos(math.pi * progress)) / 2)
+            set_rate(state.optimizer.param_groups[0], RATE * (1 + math.cos(math.pi * progress)) / 2)
             draw = generator(seed, "reconstruct network", state.step)
             learn(*targets.rows(trained[torch.randint(len(trained), (config.batch,), generator=draw)]))
             state.step += 1
@@ -175,15 +175,6 @@ def begin(checkpoint: Checkpoint, learnable: Mapping[str, PackedTensor], device:
         capturable=on_cuda,
     )
     return Learning(roundings, optimizer, dict(learnable))
-
-
-def set_rate(optimizer: torch.optim.Adam, rate: float) -> None:
-    """The learning rate of the next step."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
 
 
 def values(state: Learning) -> dict[str, Tensor]:

@@ -5,11 +5,20 @@ far longer than what they compute; as a graph they follow one another at once. O
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 EAGER = 3  # steps done as they come before the capture: libraries choose kernels and allocate what they keep
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """The learning rate of an optimizer's parameter group: a tensor in place, where a graph reads it, else a number."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 class Repeated:

@@ -72,17 +72,22 @@ def learn_rounding(
     apart: Collection[str] = (),
     spent: float = 0.0,
 ) -> QuantizedCheckpoint:
-    """``model`` after its blocks and, where they are asked for, all of them together; ``apart`` stays, in ``spent`` seconds."""
+    """``model`` after its blocks and, where they are asked for, all of them together.
 
-    def left(config: ReconstructConfig) -> ReconstructConfig:
-        return replace(config, minutes=max(config.minutes - spent / 60, LEAST_MINUTES) if config.minutes else 0.0)
-
-    packed, seconds = reconstruct(checkpoint, model, inputs, left(for_blocks(config)), seed, context, apart)
+    ``apart`` stays: it was learned before, in ``spent`` seconds, which count towards ``config.minutes``.
+    """
+    alone = less(for_blocks(config), spent)
+    packed, seconds = reconstruct(checkpoint, model, inputs, alone, seed, context, apart)
     begun = replace(model, packed=packed)
     if not config.network_iterations:
         return begun
-    spent += seconds
-    return replace(begun, packed=reconstruct_network(checkpoint, begun, inputs, left(config), seed, context, apart))
+    rest = less(config, spent + seconds)
+    return replace(begun, packed=reconstruct_network(checkpoint, begun, inputs, rest, seed, context, apart))
+
+
+def less(config: ReconstructConfig, seconds: float) -> ReconstructConfig:
+    """``config`` with ``seconds`` taken from its minutes, where it has a limit."""
+    return replace(config, minutes=max(config.minutes - seconds / 60, LEAST_MINUTES) if config.minutes else 0.0)
 
 
 def checked_inputs(
